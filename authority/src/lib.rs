@@ -1,0 +1,1 @@
+//! The authority: principals, nodes, slices; PLCAPI and REST.

@@ -1,0 +1,1 @@
+//! The node manager: pools, slivers, enforcement; and the slice creation service beside it.

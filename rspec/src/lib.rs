@@ -1,0 +1,1 @@
+//! rspecs and their arithmetic, names, rcaps: the vocabulary of Mandoline.

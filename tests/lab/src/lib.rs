@@ -1,0 +1,1 @@
+//! The lab: virtual nodes under QEMU, with a real /dev/kvm inside.

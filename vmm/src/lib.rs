@@ -1,0 +1,1 @@
+//! One microVM, one process, on /dev/kvm.
