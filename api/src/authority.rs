@@ -1,0 +1,1 @@
+//! The authority's interface: REST types and the node side of it.

@@ -1,0 +1,1 @@
+//! The monitor's interface: configuration file, control socket, state file, exit codes.

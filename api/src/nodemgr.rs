@@ -1,0 +1,1 @@
+//! The node manager's interface: requests, answers, events.
