@@ -8,9 +8,13 @@
 pub mod agent;
 #[cfg(feature = "authority")]
 pub mod authority;
+#[cfg(feature = "authority-client")]
+pub mod authority_client;
 #[cfg(feature = "monitor")]
 pub mod monitor;
 #[cfg(feature = "nodemgr")]
 pub mod nodemgr;
+#[cfg(any(feature = "unix-client", feature = "authority-client"))]
+pub mod sse;
 #[cfg(feature = "unix-client")]
 pub mod unix;
