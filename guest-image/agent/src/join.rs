@@ -132,11 +132,18 @@ fn steps(agent: &Agent, life: &mut Life, join: &Join, began: Instant) -> Result<
         }
         Ok(keys)
     })?;
-    timings.sshd = sshd;
-    timings.total = micros(began);
+    let timings_us = JoinTimings {
+        entropy,
+        clock,
+        disk,
+        network,
+        keys,
+        sshd,
+        total: micros(began),
+    };
     Ok(JoinReply {
         ssh_host_keys,
-        timings_us: timings,
+        timings_us,
     })
 }
 
