@@ -93,8 +93,8 @@ impl Children {
     ) -> Result<Started, SpawnError> {
         let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(io::Error::from)?;
-        // SAFETY: setsid is async-signal-safe, allocates nothing and takes no lock.
-        unsafe { command.pre_exec(|| rustix::process::setsid().map(drop).map_err(io::Error::from)) };
+        // SAFETY: the closure only makes system calls: it allocates nothing and takes no lock.
+        unsafe { command.pre_exec(become_program) };
         let mut table = self.table();
         if table.values().filter(|slot| slot.kind == kind).count() >= most {
             return Err(SpawnError::Full(most));
@@ -155,6 +155,22 @@ impl Children {
         let count = self.table().values().filter(|slot| slot.kind == kind).count();
         u32::try_from(count).unwrap_or(u32::MAX)
     }
+}
+
+/// Between fork and exec: a session of its own, and no signal blocked (PID 1 blocks those that it reads from
+/// its signalfd, and blocked signals are inherited).
+fn become_program() -> io::Result<()> {
+    let mut none = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: sigemptyset initialises the set that pthread_sigmask reads; both are async-signal-safe.
+    let failed = unsafe {
+        libc::sigemptyset(none.as_mut_ptr());
+        libc::pthread_sigmask(libc::SIG_SETMASK, none.as_ptr(), std::ptr::null_mut())
+    };
+    if failed != 0 {
+        return Err(io::Error::from_raw_os_error(failed));
+    }
+    rustix::process::setsid()?;
+    Ok(())
 }
 
 fn exit_status(status: WaitStatus) -> Option<ExitStatus> {

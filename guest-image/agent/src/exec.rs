@@ -193,7 +193,7 @@ impl Session {
     /// Carries the program's pipes until it has ended or the stream has.
     pub(crate) fn run(mut self, stream: &File) {
         match self.carry(stream) {
-            Ok(()) => {}
+            Ok(()) => linger(stream),
             Err(broken) => {
                 self.children.signal_group(self.pid, Signal::KILL);
                 if let Broken::Frame(e) = broken {
@@ -394,6 +394,19 @@ impl Session {
 struct Ready {
     host: bool,
     closed: bool,
+}
+
+/// Ends our side and takes in what the host still sends, until it ends its own: a stream that is closed with
+/// unread bytes in it may be reset, and with that the answer be lost on its way.
+fn linger(mut stream: &File) {
+    let blocking = rustix::fs::fcntl_getfl(stream)
+        .and_then(|flags| rustix::fs::fcntl_setfl(stream, flags - rustix::fs::OFlags::NONBLOCK))
+        .and_then(|()| rustix::net::shutdown(stream, rustix::net::Shutdown::Write));
+    if blocking.is_ok() {
+        let mut buffer = [0; 4096];
+        // The stream's own time limit ends this as well.
+        while matches!(stream.read(&mut buffer), Ok(n) if n > 0) {}
+    }
 }
 
 fn set_nonblocking(fd: impl AsFd) -> rustix::io::Result<()> {

@@ -65,15 +65,24 @@ fn machine() -> ExitCode {
     start(Events::vsock(), listener, mark_ns, true)
 }
 
-/// PID 1 of a test's namespaces: descriptor 3 is the listening Unix socket, 4 the event stream.
+/// Descriptors that a test leaves to the agent: the listening Unix socket and the event stream. Above those
+/// that a shell or `std` uses on the way.
+const INHERITED: (i32, i32) = (20, 21);
+
+/// PID 1 of a test's namespaces.
 fn test() -> ExitCode {
     // SAFETY: the test that starts this program passes these two descriptors and nothing else uses them.
-    let (listener, events) = unsafe { (OwnedFd::from_raw_fd(3), OwnedFd::from_raw_fd(4)) };
+    let (listener, events) = unsafe {
+        (
+            OwnedFd::from_raw_fd(INHERITED.0),
+            OwnedFd::from_raw_fd(INHERITED.1),
+        )
+    };
     for fd in [&listener, &events] {
         let _ = rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC);
     }
     let listener = Listener::inherited(listener)
-        .map_err(|e| warning!("descriptor 3: {e}"))
+        .map_err(|e| warning!("descriptor {}: {e}", INHERITED.0))
         .ok();
     start(Events::inherited(Some(events)), listener, mark::boot_ns(), false)
 }

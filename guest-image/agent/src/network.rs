@@ -74,12 +74,15 @@ fn gateways(interface: &Interface) -> impl Iterator<Item = IpAddr> {
 /// Brings the interface up with its addresses and routes. Can be repeated.
 pub(crate) fn configure(interface: &Interface) -> Result<(), Error> {
     let (name, index) = find(Path::new("/sys/class/net"), interface.mac.as_deref())?;
-    // The node routes the sliver's addresses; asking for router advertisements would only make noise.
-    let accept_ra = format!("/proc/sys/net/ipv6/conf/{name}/accept_ra");
-    if Path::new(&accept_ra).exists()
-        && let Err(e) = fs::write(&accept_ra, "0")
-    {
-        warning!("{accept_ra}: {e}");
+    // The node routes the sliver's addresses and nobody shares its link: router advertisements and the search
+    // for duplicate addresses would only make noise and wait.
+    for setting in ["accept_ra", "accept_dad"] {
+        let path = format!("/proc/sys/net/ipv6/conf/{name}/{setting}");
+        if Path::new(&path).exists()
+            && let Err(e) = fs::write(&path, "0")
+        {
+            warning!("{path}: {e}");
+        }
     }
     let mut route = Route::open().context(|| "opening a netlink socket".to_owned())?;
     route
