@@ -6,11 +6,15 @@
 //! parts. Everything here needs root (or the capabilities `CAP_NET_ADMIN` and write access to
 //! the cgroup tree) and acts in the network namespace of the calling thread.
 
+// A test may stop at what it did not expect.
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
 pub mod cgroup;
 mod error;
 pub mod netlink;
 mod rate;
 pub mod shaper;
+pub mod sysctl;
 pub mod tap;
 pub mod vm;
 

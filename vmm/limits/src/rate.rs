@@ -18,6 +18,10 @@ impl Rate {
     /// The largest rate accepted: 10 Tbit/s, so that no sum of a node's rates overflows.
     pub const MAX: Rate = Rate(10_000_000_000_000);
 
+    /// What all slivers of a node may send together, unless its owner says otherwise: 100 Mbit/s
+    /// (PlanetLab, OSDI'04 section 4.2.2).
+    pub const NODE_DEFAULT: Rate = Rate(100_000_000);
+
     /// A rate of this many bits per second, between [`Rate::MIN`] and [`Rate::MAX`].
     pub fn from_bits_per_second(bits: u64) -> Result<Self, Error> {
         if (Self::MIN.0..=Self::MAX.0).contains(&bits) {

@@ -23,6 +23,7 @@ use crate::error::{Error, Result};
 use crate::netlink::tc::{self, Class, ClassParameters};
 use crate::netlink::{Connection, Request, link};
 use crate::rate::Rate;
+use crate::sysctl;
 
 /// Minor number of the class that carries the node's own rate.
 const NODE_CLASS: u16 = 1;
@@ -148,6 +149,8 @@ impl Tree {
             link: device.index,
             config,
         };
+        // Before it is up: the node's own IPv6 greetings would go through the tree as strays.
+        sysctl::set_if_there(&format!("ipv6/conf/{}/disable_ipv6", tree.config.device), "1")?;
         let up = link::LinkChange {
             up: Some(true),
             ..Default::default()

@@ -7,6 +7,7 @@
 //!
 //! A connection belongs to the network namespace of the thread that opened it, for ever.
 
+pub mod conntrack;
 pub mod link;
 pub mod nft;
 pub mod tc;

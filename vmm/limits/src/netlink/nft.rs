@@ -21,10 +21,10 @@ const NEWCHAIN: u16 = 3;
 const GETCHAIN: u16 = 4;
 const DELCHAIN: u16 = 5;
 const NEWRULE: u16 = 6;
-const GETRULE: u16 = 7;
 const NEWSETELEM: u16 = 12;
 const GETSETELEM: u16 = 13;
 const DELSETELEM: u16 = 14;
+const GETOBJ: u16 = 19;
 
 /// Set on attributes that contain attributes.
 const NESTED: u16 = 0x8000;
@@ -355,26 +355,18 @@ impl Connection {
         Ok(chains)
     }
 
-    /// The counters in a table's rules, by chain, in the order of the rules.
-    pub fn rule_counters(&mut self, table: &Table) -> Result<BTreeMap<String, Vec<Counter>>> {
-        let request = table.request(
-            "list the rules of",
-            GETRULE,
-            0,
-            Attributes::default().text(1, &table.name),
-        );
-        let mut counters: BTreeMap<String, Vec<Counter>> = BTreeMap::new();
+    /// The named counters of a table.
+    pub fn named_counters(&mut self, table: &Table) -> Result<BTreeMap<String, Counter>> {
+        const OBJECT_COUNTER: u32 = 1;
+        let attributes_of_request = Attributes::default()
+            .text(1, &table.name)
+            .number(3, OBJECT_COUNTER);
+        let request = table.request("list the counters of", GETOBJ, 0, attributes_of_request);
+        let mut counters = BTreeMap::new();
         for (_, payload) in self.dump(&request)? {
-            let rule = attributes(payload.get(4..).unwrap_or(&[]))?;
-            let (Some(name), Some(expressions)) = (rule.get(&2), rule.get(&4)) else {
-                continue;
-            };
-            for item in NlasIterator::new(*expressions) {
-                let item = item.map_err(|e| decode("rules", e))?;
-                counters
-                    .entry(text(name))
-                    .or_default()
-                    .extend(read_counter(item.value())?);
+            let object = attributes(payload.get(4..).unwrap_or(&[]))?;
+            if let (Some(name), Some(data)) = (object.get(&2), object.get(&4)) {
+                counters.extend(read_counts(data)?.map(|counter| (text(name), counter)));
             }
         }
         Ok(counters)
@@ -407,9 +399,14 @@ fn read_counter(expression: &[u8]) -> Result<Option<Counter>> {
     let (Some(name), Some(data)) = (parts.get(&1), parts.get(&2)) else {
         return Ok(None);
     };
-    if text(name) != "counter" {
-        return Ok(None);
+    if text(name) == "counter" {
+        read_counts(data)
+    } else {
+        Ok(None)
     }
+}
+
+fn read_counts(data: &[u8]) -> Result<Option<Counter>> {
     let data = attributes(data)?;
     let number = |kind| {
         data.get(&kind)
