@@ -34,6 +34,7 @@ package_names() { sed -e 's/#.*//' -e 's/[[:space:]]//g' -e '/^$/d' -- "$1"; }
 need_packages() {
     local name missing=() status
     command -v dpkg-query >/dev/null || die "this builder needs Debian (dpkg-query was not found)"
+    # shellcheck disable=SC2016 # dpkg-query expands it
     status=$(package_names "$1" | xargs dpkg-query -W -f '${db:Status-Status} ${Package}\n' 2>/dev/null || true)
     while read -r name; do
         grep -qxF "installed $name" <<<"$status" || missing+=("$name")
