@@ -96,6 +96,8 @@ impl Init {
     pub(crate) fn run(mut self) -> ! {
         let mut ssh: Option<TcpListener> = None;
         let mut paused = false;
+        // What ended before its signal could be heard.
+        self.reap();
         let end = loop {
             match catch_unwind(AssertUnwindSafe(|| self.turn(&mut ssh, &mut paused))) {
                 Ok(Some(end)) => break end,
