@@ -84,12 +84,12 @@ impl Core {
         Ok(tap)
     }
 
-    fn wire(&mut self, sliver: &SliverNet, class: Request, changes: &[Request]) -> Result<()> {
+    fn wire(&mut self, sliver: &SliverNet, class: [Request; 2], changes: &[Request]) -> Result<()> {
         let device = self.route.require_link(&sliver.tap)?;
         // Before it is up, or the node would greet its routers on it.
         sysctl::set_if_there(&format!("ipv6/conf/{}/disable_ipv6", sliver.tap), "1")?;
         self.filter.commit(changes)?;
-        let mut requests = vec![class];
+        let mut requests = Vec::from(class);
         requests.extend(self.link_requests(sliver, device.index));
         Ok(self.route.execute(&requests)?)
     }
@@ -144,7 +144,7 @@ impl Core {
             }
             .into());
         }
-        Ok(self.route.execute(&[self.tree.set(index, bandwidth)?])?)
+        Ok(self.route.execute(&self.tree.set(index, bandwidth)?)?)
     }
 
     /// What is in the kernel's tables.
@@ -242,13 +242,13 @@ impl Core {
                 .is_some_and(|c| same_class(&c.parameters, &class));
             let linked = device.up && routes.contains(&(sliver.address, device.index));
             if !shaped {
-                requests.push(self.tree.set(*index, &sliver.bandwidth)?);
+                requests.extend(self.tree.set(*index, &sliver.bandwidth)?);
             }
             if !linked {
                 requests.extend(self.link_requests(sliver, device.index));
             }
             let elements = ruleset::elements(sliver, self.node_address, Tree::priority(*index)?);
-            let whole = elements.iter().all(|e| there.contains(e)) && !unchained(&sliver);
+            let whole = elements.iter().all(|e| there.contains(e)) && !unchained(sliver);
             if shaped && linked && whole {
                 report.intact.push(*index)
             } else {

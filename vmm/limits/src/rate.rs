@@ -61,7 +61,7 @@ impl fmt::Display for Rate {
         ];
         for (size, name) in units {
             // Three decimals at most, and only where nothing is lost by them.
-            if self.0 >= size && self.0 % (size / 1000) == 0 {
+            if self.0 >= size && self.0.is_multiple_of(size / 1000) {
                 let (whole, part) = (self.0 / size, self.0 % size / (size / 1000));
                 return if part == 0 {
                     write!(f, "{whole} {name}")

@@ -59,8 +59,6 @@ pub struct TreeConfig {
     /// a turn must not be shorter than this, or who sends the largest packets gets the most. A
     /// guest may send segments of 64 KiB, whatever it was offered.
     pub max_packet: u32,
-    /// Packets that may wait in each class.
-    pub queue: u32,
 }
 
 impl TreeConfig {
@@ -74,7 +72,6 @@ impl TreeConfig {
             rate,
             unit,
             max_packet: 65_536 + 14,
-            queue: 256,
         })
     }
 
@@ -119,6 +116,15 @@ fn bucket(rate: Rate) -> u32 {
         .max(2 * 1514)
 }
 
+/// A queue of 100 ms at the peak rate: long enough for a window of TCP, short enough that a
+/// flooding guest delays itself and holds little of the node's memory. In bytes, since one
+/// "packet" may be 64 KiB; at least two of those.
+fn queue(peak: Rate) -> u32 {
+    u32::try_from(peak.bytes_per_second() / 10)
+        .unwrap_or(u32::MAX)
+        .clamp(128 * 1024, 4 * 1024 * 1024)
+}
+
 /// A tree that is there.
 #[derive(Debug, Clone)]
 pub struct Tree {
@@ -141,7 +147,7 @@ impl Tree {
                 ));
             }
             None => {
-                connection.execute(&[link::add_ifb(&config.device, config.queue)?])?;
+                connection.execute(&[link::add_ifb(&config.device)?])?;
                 connection.require_link(&config.device)?
             }
         };
@@ -187,14 +193,13 @@ impl Tree {
         Ok(u32::from(tc::MAJOR) << 16 | u32::from(minor(slot)?))
     }
 
-    /// Makes or changes the class of a slot.
-    pub fn set(&self, slot: u16, bandwidth: &Bandwidth) -> Result<Request> {
-        Ok(tc::set_class(
-            self.link,
-            NODE_CLASS,
-            minor(slot)?,
-            &self.config.parameters(bandwidth)?,
-        ))
+    /// Makes or changes the class of a slot, and its queue.
+    pub fn set(&self, slot: u16, bandwidth: &Bandwidth) -> Result<[Request; 2]> {
+        let (minor, parameters) = (minor(slot)?, self.config.parameters(bandwidth)?);
+        Ok([
+            tc::set_class(self.link, NODE_CLASS, minor, &parameters),
+            tc::set_queue(self.link, minor, queue(parameters.ceil)),
+        ])
     }
 
     /// Deletes the class of a slot, if it is there.

@@ -174,7 +174,7 @@ fn shape(connection: &mut Connection, tap: &str, bandwidth: &Bandwidth) -> Resul
             what: "slot of the HTB tree",
             capacity: SLOTS.into(),
         })?;
-    connection.execute(&[tree.set(slot, bandwidth)?])?;
+    connection.execute(&tree.set(slot, bandwidth)?)?;
     let shaped = Shaped {
         slot,
         chain: format!("{slot}-{tap}"),
@@ -262,7 +262,7 @@ impl Guard {
                 what: "a bandwidth limit to change".to_owned(),
             });
         };
-        Connection::route()?.execute(&[shaped.tree.set(shaped.slot, bandwidth)?])
+        Connection::route()?.execute(&shaped.tree.set(shaped.slot, bandwidth)?)
     }
 
     /// Ends the limits: kills what is left in the cgroup, and takes away everything that was made.

@@ -70,12 +70,11 @@ pub fn change(index: u32, name: &str, change: LinkChange) -> Request {
     )
 }
 
-/// Makes an IFB device; `queue` is how many packets each leaf of its queueing tree may hold.
-pub fn add_ifb(name: &str, queue: u32) -> Result<Request> {
+/// Makes an IFB device.
+pub fn add_ifb(name: &str) -> Result<Request> {
     check_name(name)?;
     let link = LinkMessageBuilder::<LinkUnspec>::new_with_info_kind(InfoKind::Ifb)
         .name(name)
-        .txqueuelen(queue)
         .build();
     Ok(Request::route(
         format!("make ifb {name}"),

@@ -382,15 +382,12 @@ fn read_element(bytes: &[u8]) -> Result<Option<Element>> {
         Ok(attributes(data)?.get(&1).map(|v| v.to_vec()))
     };
     let counter = element.get(&7).map(|e| read_counter(e)).transpose()?.flatten();
-    Ok(value(1)?
-        .map(|key| -> Result<Element> {
-            Ok(Element {
-                key,
-                data: value(2)?,
-                counter,
-            })
-        })
-        .transpose()?)
+    let Some(key) = value(1)? else { return Ok(None) };
+    Ok(Some(Element {
+        key,
+        data: value(2)?,
+        counter,
+    }))
 }
 
 /// An expression, if it is a counter.

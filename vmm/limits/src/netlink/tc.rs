@@ -11,6 +11,7 @@ use super::{CREATE, Connection, EXCL, REPLACE, Request, attributes, decode};
 use crate::error::Result;
 use crate::rate::Rate;
 
+const TCA_OPTIONS: u16 = 2;
 const TCA_HTB_PARMS: u16 = 1;
 const TCA_HTB_INIT: u16 = 2;
 const TCA_HTB_RATE64: u16 = 6;
@@ -47,13 +48,14 @@ pub struct ClassParameters {
 pub struct ClassStats {
     /// Bytes sent.
     pub bytes: u64,
-    /// Packets sent (a large segment counts as the packets that it will become).
+    /// Packets sent. A segment larger than the MTU, which a guest may hand over whole, counts as
+    /// none: the kernel does not trust what such a segment says of itself. Its bytes count.
     pub packets: u64,
     /// Packets dropped for want of room in the queue.
     pub drops: u64,
     /// Times that a packet had to wait.
     pub overlimits: u64,
-    /// Packets waiting.
+    /// Packets waiting, a large segment as one.
     pub queued_packets: u32,
     /// Bytes waiting.
     pub queued_bytes: u32,
@@ -113,6 +115,25 @@ pub fn add_class(link: u32, parent: u16, minor: u16, parameters: &ClassParameter
         CREATE | EXCL,
         &RouteNetlinkMessage::NewTrafficClass(class(link, parent, minor, parameters)),
     )
+}
+
+/// Gives the class `1:minor` a queue of so many bytes; one that it has is changed, and keeps what
+/// waits in it as far as that fits.
+pub fn set_queue(link: u32, minor: u16, bytes: u32) -> Request {
+    let mut message = message(
+        link,
+        TcHandle::UNSPEC,
+        TcHandle { major: MAJOR, minor },
+        Vec::new(),
+    );
+    // struct tc_fifo_qopt is the whole of the options, not an attribute among them.
+    message.attributes = vec![
+        TcAttribute::Kind("bfifo".to_owned()),
+        TcAttribute::Other(DefaultNla::new(TCA_OPTIONS, bytes.to_ne_bytes().to_vec())),
+    ];
+    let what = format!("set the queue of HTB class {MAJOR}:{minor:x} of link {link}");
+    let message = RouteNetlinkMessage::NewQueueDiscipline(message);
+    Request::route(what, CREATE | REPLACE, &message)
 }
 
 /// Deletes the class `1:minor`; what waits in it is lost.
