@@ -1,1 +1,23 @@
-//! One microVM, one process, on /dev/kvm.
+//! One microVM, one process, on `/dev/kvm`.
+//!
+//! [`machine::build`] makes a VM of a [`config::Spec`]; [`monitor::run`] runs it to its end. Around them: the
+//! configuration ([`config`], [`fds`]), the jail ([`jail`]), the control socket ([`api`]), and [`run`], which
+//! boots a sliver by hand. What the outside sees is described in `mandoline_api::monitor`.
+
+pub mod api;
+pub mod boot;
+pub mod bus;
+pub mod cli;
+pub mod config;
+pub mod devices;
+pub mod exit;
+pub mod fds;
+pub mod jail;
+pub mod log;
+pub mod machine;
+pub mod memory;
+pub mod monitor;
+pub mod run;
+pub mod state;
+pub mod vcpu;
+pub mod vm;

@@ -1,2 +1,16 @@
-//! Being built.
-fn main() {}
+//! `mandoline-vmm`: see `--help`.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use mandoline_vmm::cli::{Cli, Command};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let exit = match &cli.command {
+        None => mandoline_vmm::vm::run(&cli.vm),
+        Some(Command::Vm(args)) => mandoline_vmm::vm::run(args),
+        Some(Command::Run(_)) => return ExitCode::FAILURE,
+    };
+    ExitCode::from(exit.reason.exit_code())
+}

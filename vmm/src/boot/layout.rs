@@ -1,0 +1,67 @@
+//! The guest's physical address space, in one place.
+//!
+//! ```text
+//! 0x0000_0000  RAM (low): page 0 unused
+//! 0x0000_6000    hvm_start_info (PVH)
+//! 0x0000_6040    module list (initial RAM disk)
+//! 0x0000_7000    memory map
+//! 0x0002_0000    kernel command line (2 KiB)
+//! 0x0009_fc00    MP table (the last KiB of base memory, where kernels look for it)
+//! 0x000a_0000  hole of the old PC
+//! 0x0010_0000  RAM (high): kernel, ... initial RAM disk at the end of low RAM
+//! 0xc000_0000  MMIO: boot/exit page, then one 4 KiB page for each virtio device
+//! 0xfec0_0000  IOAPIC        0xfee0_0000  local APIC        0xfffb_d000  KVM's TSS (Intel)
+//! 0x1_0000_0000  RAM above the hole
+//! ```
+//!
+//! The constants agree with Firecracker's, so that tools which know one find their way in the other.
+
+/// Where `hvm_start_info` stands.
+pub const START_INFO: u64 = 0x6000;
+/// Where the list of modules stands.
+pub const MODULE_LIST: u64 = 0x6040;
+/// Where the memory map stands.
+pub const MEMORY_MAP: u64 = 0x7000;
+/// Where the command line stands.
+pub const COMMAND_LINE: u64 = 0x2_0000;
+/// Most bytes of command line, with the final NUL: x86's `COMMAND_LINE_SIZE`.
+pub const COMMAND_LINE_SIZE: usize = 2048;
+/// Where base memory ends and the MP table begins.
+pub const MP_TABLE: u64 = 0x9_fc00;
+/// Room for the MP table: up to the end of base memory.
+pub const MP_TABLE_SIZE: usize = 0x400;
+/// First byte of high memory: nothing of a kernel may be loaded below.
+pub const HIGH_RAM: u64 = 0x10_0000;
+/// Where the hole for devices begins: RAM stops here and goes on at [`RAM_ABOVE_HOLE`].
+pub const MMIO_HOLE: u64 = 0xc000_0000;
+/// Where RAM goes on above the hole.
+pub const RAM_ABOVE_HOLE: u64 = 0x1_0000_0000;
+/// Size of one device's window in the hole.
+pub const MMIO_WINDOW: u64 = 0x1000;
+/// The first virtio device's window, after the boot/exit page.
+pub const VIRTIO_MMIO: u64 = MMIO_HOLE + MMIO_WINDOW;
+/// The IOAPIC's registers.
+pub const IOAPIC: u32 = 0xfec0_0000;
+/// The local APIC's registers.
+pub const LOCAL_APIC: u32 = 0xfee0_0000;
+/// Three pages that KVM needs on Intel for real-mode emulation.
+pub const KVM_TSS: usize = 0xfffb_d000;
+/// Number of the serial port's interrupt line.
+pub const SERIAL_GSI: u32 = 4;
+/// Pins of the IOAPIC.
+pub const IOAPIC_PINS: u32 = 24;
+
+/// The interrupt line of the `n`th virtio device: 5 to 23 without 8 and 13, which a PC-minded kernel takes
+/// for its clock and its coprocessor.
+pub const fn device_gsi(n: usize) -> Option<u32> {
+    const LINES: [u32; MAX_DEVICES] = [5, 6, 7, 9, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23];
+    if n < MAX_DEVICES { Some(LINES[n]) } else { None }
+}
+
+/// Most virtio devices: one interrupt line each.
+pub const MAX_DEVICES: usize = 17;
+
+/// The window of the `n`th virtio device.
+pub const fn device_window(n: usize) -> u64 {
+    VIRTIO_MMIO + n as u64 * MMIO_WINDOW
+}

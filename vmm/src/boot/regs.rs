@@ -1,0 +1,103 @@
+//! A vCPU's registers at the guest's first instruction.
+//!
+//! PVH (Xen's `docs/misc/pvh.pandoc`, "x86/HVM direct boot ABI"): 32-bit protected mode, paging off, flat
+//! segments, EBX the address of `hvm_start_info`, interrupts off. Application processors wait for their SIPI,
+//! which KVM's local APIC does by itself.
+
+use kvm_bindings::{Msrs, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment};
+use kvm_ioctls::VcpuFd;
+
+use crate::boot::layout::START_INFO;
+
+const CR0_PE: u64 = 1;
+const CR0_ET: u64 = 1 << 4;
+const RFLAGS_RESERVED: u64 = 2;
+
+const MSR_MISC_ENABLE: u32 = 0x1a0;
+const MISC_ENABLE_FAST_STRING: u64 = 1;
+const MSR_MTRR_DEFAULT: u32 = 0x2ff;
+/// MTRRs on, write-back by default: without it a kernel maps RAM uncached or complains.
+const MTRR_ON_WRITE_BACK: u64 = 1 << 11 | 6;
+
+const LVT_LINT0: usize = 0x350;
+const LVT_LINT1: usize = 0x360;
+const DELIVERY_NMI: u32 = 4 << 8;
+const DELIVERY_EXTERNAL: u32 = 7 << 8;
+const DELIVERY_MASK: u32 = 7 << 8;
+
+/// Registers could not be set.
+#[derive(Debug, thiserror::Error)]
+#[error("{call} of vCPU {cpu}: {source}")]
+pub struct Error {
+    /// The KVM call.
+    call: &'static str,
+    /// Which vCPU.
+    cpu: u8,
+    /// What KVM said.
+    source: kvm_ioctls::Error,
+}
+
+/// Sets the registers of one vCPU; the boot processor (0) starts at the guest-physical address `entry`.
+pub fn set(vcpu: &VcpuFd, cpu: u8, entry: u64) -> Result<(), Error> {
+    let failed = |call| move |source| Error { call, cpu, source };
+    set_msrs(vcpu).map_err(failed("KVM_SET_MSRS"))?;
+    set_lapic(vcpu).map_err(failed("KVM_SET_LAPIC"))?;
+    if cpu != 0 {
+        return Ok(());
+    }
+    let fpu = kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() };
+    vcpu.set_fpu(&fpu).map_err(failed("KVM_SET_FPU"))?;
+
+    let mut sregs = vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
+    // The segments live in the hidden registers alone: the kernel loads its own GDT before it touches one.
+    sregs.cs = flat(0x8, 0xb);
+    for segment in [&mut sregs.ds, &mut sregs.es, &mut sregs.fs, &mut sregs.gs, &mut sregs.ss] {
+        *segment = flat(0x10, 0x3);
+    }
+    sregs.tr = kvm_segment { limit: 0x67, type_: 0xb, present: 1, selector: 0x18, ..Default::default() };
+    sregs.cr0 = CR0_PE | CR0_ET;
+    sregs.cr4 = 0;
+    sregs.efer = 0;
+    vcpu.set_sregs(&sregs).map_err(failed("KVM_SET_SREGS"))?;
+    let regs = kvm_regs { rip: entry, rbx: START_INFO, rflags: RFLAGS_RESERVED, ..Default::default() };
+    vcpu.set_regs(&regs).map_err(failed("KVM_SET_REGS"))
+}
+
+fn flat(selector: u16, type_: u8) -> kvm_segment {
+    kvm_segment {
+        base: 0,
+        limit: 0xffff_ffff,
+        selector,
+        type_,
+        present: 1,
+        db: 1,
+        s: 1,
+        g: 1,
+        ..Default::default()
+    }
+}
+
+fn set_msrs(vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
+    let entry = |index, data| kvm_msr_entry { index, data, ..Default::default() };
+    let entries =
+        [entry(MSR_MTRR_DEFAULT, MTRR_ON_WRITE_BACK), entry(MSR_MISC_ENABLE, MISC_ENABLE_FAST_STRING)];
+    let msrs = Msrs::from_entries(&entries).map_err(|_| kvm_ioctls::Error::new(libc::ENOMEM))?;
+    // KVM stops at the first that it does not know and says how many it took: both are conveniences.
+    vcpu.set_msrs(&msrs).map(|_| ())
+}
+
+/// Virtual wire mode (MP specification 3.6.2.2): LINT0 takes the PIC's interrupts, LINT1 the NMI.
+fn set_lapic(vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
+    let mut lapic = vcpu.get_lapic()?;
+    for (offset, mode) in [(LVT_LINT0, DELIVERY_EXTERNAL), (LVT_LINT1, DELIVERY_NMI)] {
+        let mut bytes = [0u8; 4];
+        for (byte, register) in bytes.iter_mut().zip(&lapic.regs[offset..offset + 4]) {
+            *byte = *register as u8;
+        }
+        let value = u32::from_le_bytes(bytes) & !DELIVERY_MASK | mode;
+        for (byte, register) in value.to_le_bytes().into_iter().zip(&mut lapic.regs[offset..offset + 4]) {
+            *register = byte as _;
+        }
+    }
+    vcpu.set_lapic(&lapic)
+}

@@ -1,0 +1,270 @@
+//! From the configuration file to open descriptors and checked numbers: after this nothing is a path.
+
+use std::fs::File;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+
+use mandoline_api::monitor::{
+    CacheType, MAX_MEM_MIB, MAX_VCPUS, MIN_MEM_MIB, NetworkInterface, VSOCK_OUT_FD, VmConfig,
+};
+
+use crate::boot::layout::MAX_DEVICES;
+use crate::devices::net::tap;
+use crate::devices::vsock::outward::Outward;
+use crate::devices::{blk, net};
+use crate::fds::{self, Inherited};
+
+/// A configuration that cannot be.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Not JSON, or not of this shape.
+    #[error("configuration file: {0}")]
+    Syntax(#[from] serde_json::Error),
+    /// A value is out of its range.
+    #[error("{name} is {value}; allowed: {allowed}")]
+    Value {
+        /// Which.
+        name: String,
+        /// Its value.
+        value: String,
+        /// What is allowed.
+        allowed: String,
+    },
+    /// A descriptor or path cannot be had.
+    #[error(transparent)]
+    Fd(#[from] fds::Error),
+    /// A tap cannot be used.
+    #[error(transparent)]
+    Tap(#[from] tap::Error),
+}
+
+fn value(name: impl Into<String>, value: impl ToString, allowed: impl Into<String>) -> Error {
+    Error::Value { name: name.into(), value: value.to_string(), allowed: allowed.into() }
+}
+
+/// A drive, open.
+pub struct Drive {
+    /// Its file.
+    pub file: File,
+    /// How it behaves.
+    pub options: blk::Options,
+}
+
+/// A network interface, open.
+pub struct Interface {
+    /// Its name.
+    pub id: String,
+    /// Its tap.
+    pub tap: File,
+    /// How it behaves.
+    pub options: net::Options,
+}
+
+/// The stream socket device, open.
+pub struct Vsock {
+    /// The guest's context id.
+    pub guest_cid: u32,
+    /// Where the host connects inwards.
+    pub listener: UnixListener,
+    /// Where streams of the guest go.
+    pub outward: Outward,
+}
+
+/// A VM to be built: everything open, everything checked.
+pub struct Spec {
+    /// vCPUs.
+    pub vcpus: u8,
+    /// RAM in bytes.
+    pub memory: u64,
+    /// The kernel.
+    pub kernel: File,
+    /// The initial RAM disk.
+    pub initrd: Option<File>,
+    /// The command line, without the devices.
+    pub command_line: String,
+    /// Drives in order.
+    pub drives: Vec<Drive>,
+    /// Interfaces in order.
+    pub interfaces: Vec<Interface>,
+    /// The stream socket device.
+    pub vsock: Option<Vsock>,
+    /// Whether there is an entropy device.
+    pub entropy: bool,
+}
+
+/// The default command line: quiet, since a character on the console costs an exit.
+pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=1 reboot=k panic=1 nomodule";
+
+/// Reads a configuration file.
+pub fn parse(text: &str) -> Result<VmConfig, Error> {
+    Ok(serde_json::from_str(text)?)
+}
+
+/// Checks a configuration and opens what it names.
+pub fn open(config: &VmConfig, inherited: &mut Inherited) -> Result<Spec, Error> {
+    let machine = &config.machine_config;
+    if machine.vcpu_count == 0 || machine.vcpu_count > MAX_VCPUS {
+        return Err(value("vcpu_count", machine.vcpu_count, format!("1 to {MAX_VCPUS}")));
+    }
+    if machine.mem_size_mib < MIN_MEM_MIB || machine.mem_size_mib > MAX_MEM_MIB {
+        return Err(value("mem_size_mib", machine.mem_size_mib, format!("{MIN_MEM_MIB} to {MAX_MEM_MIB}")));
+    }
+    for (name, set) in [("smt", machine.smt), ("track_dirty_pages", machine.track_dirty_pages)] {
+        if set {
+            return Err(value(name, true, "false"));
+        }
+    }
+    let devices = config.drives.len()
+        + config.network_interfaces.len()
+        + usize::from(config.vsock.is_some())
+        + usize::from(config.entropy.is_some());
+    if devices > MAX_DEVICES {
+        return Err(value("number of devices", devices, format!("up to {MAX_DEVICES}")));
+    }
+
+    let boot = &config.boot_source;
+    let kernel = inherited.file("kernel_image_path", &boot.kernel_image_path, false)?;
+    let initrd =
+        boot.initrd_path.as_ref().map(|path| inherited.file("initrd_path", path, false)).transpose()?;
+    let mut command_line = boot.boot_args.clone().unwrap_or_else(|| DEFAULT_COMMAND_LINE.to_owned());
+
+    let mut drives = Vec::new();
+    for (index, drive) in config.drives.iter().enumerate() {
+        if config.drives[..index].iter().any(|other| other.drive_id == drive.drive_id) {
+            return Err(value("drive_id", &drive.drive_id, "one that no other drive has"));
+        }
+        let what = format!("drive {}", drive.drive_id);
+        let file = inherited.file(&what, &drive.path_on_host, !drive.is_read_only)?;
+        let options = blk::Options {
+            id: drive.drive_id.clone(),
+            read_only: drive.is_read_only,
+            flush: drive.cache_type == CacheType::Writeback,
+        };
+        if drive.is_root_device && !command_line.split_whitespace().any(|word| word.starts_with("root=")) {
+            let letter = char::from(b'a' + index as u8);
+            let mode = if drive.is_read_only { "ro" } else { "rw" };
+            command_line.push_str(&format!(" root=/dev/vd{letter} {mode}"));
+        }
+        drives.push(Drive { file, options });
+    }
+
+    let interfaces = config
+        .network_interfaces
+        .iter()
+        .map(|interface| open_interface(interface, inherited))
+        .collect::<Result<_, _>>()?;
+
+    let vsock = match &config.vsock {
+        None => None,
+        Some(vsock) => {
+            if vsock.guest_cid < 3 || vsock.guest_cid == u32::MAX {
+                return Err(value("guest_cid", vsock.guest_cid, "3 to 4294967294"));
+            }
+            let (listener, outward) = open_vsock(&vsock.uds_path, inherited)?;
+            Some(Vsock { guest_cid: vsock.guest_cid, listener, outward })
+        }
+    };
+
+    Ok(Spec {
+        vcpus: machine.vcpu_count,
+        memory: machine.mem_size_mib << 20,
+        kernel,
+        initrd,
+        command_line,
+        drives,
+        interfaces,
+        vsock,
+        entropy: config.entropy.is_some(),
+    })
+}
+
+fn open_interface(interface: &NetworkInterface, inherited: &mut Inherited) -> Result<Interface, Error> {
+    let name = &interface.host_dev_name;
+    let what = format!("network interface {}", interface.iface_id);
+    let tap = match inherited.named(&what, name)? {
+        Some(fd) => fd.into(),
+        None => tap::open(name)?,
+    };
+    tap::prepare(&tap, name)?;
+    let mac = interface.guest_mac.as_deref().map(parse_mac).transpose()?;
+    if let Some(mtu) = interface.mtu
+        && mtu < 68
+    {
+        return Err(value("mtu", mtu, "68 to 65535"));
+    }
+    Ok(Interface {
+        id: interface.iface_id.clone(),
+        tap,
+        options: net::Options { mac, mtu: interface.mtu },
+    })
+}
+
+fn open_vsock(uds_path: &str, inherited: &mut Inherited) -> Result<(UnixListener, Outward), Error> {
+    let (listener, by_path) = match inherited.named("vsock", uds_path)? {
+        Some(fd) => (UnixListener::from(fd), Outward::None),
+        None => {
+            let path = PathBuf::from(uds_path);
+            let listener =
+                UnixListener::bind(&path).map_err(|error| fds::open_error("vsock", &path, error))?;
+            (listener, Outward::Path(path))
+        }
+    };
+    let outward = inherited.take(VSOCK_OUT_FD).map_or(by_path, Outward::Broker);
+    Ok((listener, outward))
+}
+
+fn parse_mac(text: &str) -> Result<[u8; 6], Error> {
+    let error = || value("guest_mac", text, "a unicast address like 02:00:0a:80:00:02");
+    let mut mac = [0u8; 6];
+    let mut parts = text.split(':');
+    for byte in &mut mac {
+        let part = parts.next().filter(|part| part.len() == 2).ok_or_else(error)?;
+        *byte = u8::from_str_radix(part, 16).map_err(|_| error())?;
+    }
+    // Multicast and zero addresses are no host's.
+    if parts.next().is_some() || mac[0] & 1 != 0 || mac == [0; 6] {
+        return Err(error());
+    }
+    Ok(mac)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(extra: &str) -> VmConfig {
+        parse(&format!(r#"{{"boot-source": {{"kernel_image_path": "/dev/null"}}{extra}}}"#)).unwrap()
+    }
+
+    fn refused(extra: &str) -> String {
+        open(&config(extra), &mut Inherited::default()).err().map(|error| error.to_string()).unwrap_or_default()
+    }
+
+    #[test]
+    fn numbers_out_of_range_are_named_with_what_is_allowed() {
+        let machine = |cpus, mib| format!(r#", "machine-config": {{"vcpu_count": {cpus}, "mem_size_mib": {mib}}}"#);
+        assert_eq!(refused(&machine(0, 128)), "vcpu_count is 0; allowed: 1 to 32");
+        assert_eq!(refused(&machine(33, 128)), "vcpu_count is 33; allowed: 1 to 32");
+        assert_eq!(refused(&machine(1, 1)), "mem_size_mib is 1; allowed: 16 to 1048576");
+        assert!(refused(r#", "vsock": {"guest_cid": 2, "uds_path": "/x"}"#).starts_with("guest_cid is 2"));
+        assert_eq!(refused(""), "");
+    }
+
+    #[test]
+    fn the_root_drive_is_named_on_the_command_line_unless_it_is_already() {
+        let drive = r#", "drives": [{"drive_id": "d", "path_on_host": "/dev/null", "is_root_device": true, "is_read_only": true}]"#;
+        let spec = open(&config(drive), &mut Inherited::default()).unwrap();
+        assert!(spec.command_line.ends_with(" root=/dev/vda ro"), "{}", spec.command_line);
+        let mut own = config(drive);
+        own.boot_source.boot_args = Some("root=/dev/vda rootfstype=erofs".into());
+        assert_eq!(open(&own, &mut Inherited::default()).unwrap().command_line, "root=/dev/vda rootfstype=erofs");
+    }
+
+    #[test]
+    fn macs_are_unicast() {
+        assert_eq!(parse_mac("02:00:0a:80:00:fe").unwrap(), [2, 0, 10, 128, 0, 254]);
+        for text in ["", "02:00:0a:80:00", "02:00:0a:80:00:02:03", "01:00:00:00:00:01", "00:00:00:00:00:00", "+2:00:00:00:00:01"] {
+            assert!(parse_mac(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,9 @@
+//! The device models.
+
+pub mod blk;
+pub mod control;
+pub mod net;
+pub mod rng;
+pub mod serial;
+pub mod virtio;
+pub mod vsock;

@@ -1,0 +1,144 @@
+//! A queue at work: popping checked chains, giving them back, and interrupting only when the driver wants it.
+
+use std::sync::Arc;
+
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::devices::virtio::chain::{Chain, ChainError};
+use crate::devices::virtio::DeviceError;
+use crate::devices::virtio::interrupt::Interrupt;
+use crate::memory::Memory;
+
+/// A queue that its device works on.
+pub struct WorkQueue {
+    index: usize,
+    queue: Queue,
+    memory: Memory,
+    interrupt: Arc<Interrupt>,
+    /// The queue's own kick, for work that is put off.
+    kick: Arc<EventFd>,
+    /// Whether something was used since the driver was last interrupted.
+    unannounced: bool,
+    /// Chains that are out: popped, not given back. A driver that makes a head available twice is caught by it.
+    in_flight: Vec<bool>,
+}
+
+impl WorkQueue {
+    /// `queue` must be valid in `memory`.
+    pub fn new(
+        index: usize,
+        queue: Queue,
+        memory: Memory,
+        interrupt: Arc<Interrupt>,
+        kick: Arc<EventFd>,
+    ) -> Self {
+        let in_flight = vec![false; usize::from(queue.size())];
+        Self { index, queue, memory, interrupt, kick, unannounced: false, in_flight }
+    }
+
+    /// Serves what is available, at most a ring full: `work` gets each chain and returns the bytes it wrote.
+    /// What comes meanwhile is left to the next kick, which this makes itself where need be.
+    pub fn serve(
+        &mut self,
+        chain: &mut Chain,
+        mut work: impl FnMut(&mut Chain) -> Result<u32, ChainError>,
+    ) -> Result<(), DeviceError> {
+        self.no_kicks()?;
+        for _ in 0..self.round() {
+            if !self.pop(chain)? {
+                break;
+            }
+            let written = work(chain).map_err(|error| self.refuse(error))?;
+            self.used(chain.head, written)?;
+        }
+        self.announce()?;
+        if self.want_kicks()? {
+            self.again();
+        }
+        Ok(())
+    }
+
+    /// Makes the event loop come back to this queue after it has attended to the others.
+    pub fn again(&self) {
+        // Cannot fail in a way that matters: a full counter is a kick too.
+        let _ = self.kick.write(1);
+    }
+
+    /// How many chains one round may take: what the ring can hold. A driver that refills as fast as the device
+    /// works gets its next round only after the other devices had theirs.
+    pub fn round(&self) -> usize {
+        usize::from(self.queue.size())
+    }
+
+    fn ring_error(&self) -> impl Fn(virtio_queue::Error) -> DeviceError + 'static {
+        let queue = self.index;
+        move |source| DeviceError::Ring { queue, source }
+    }
+
+    fn chain_error(&self, source: ChainError) -> DeviceError {
+        DeviceError::Chain { queue: self.index, source }
+    }
+
+    /// Puts the next available chain into `chain`; false when there is none.
+    pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, DeviceError> {
+        let failed = self.ring_error();
+        // An iterator a chain: it checks the driver's index each time, and never lets it jump.
+        let next = self.queue.iter(&self.memory).map_err(&failed)?.next();
+        let Some(raw) = next else { return Ok(false) };
+        let head = raw.head_index();
+        match self.in_flight.get_mut(usize::from(head)) {
+            Some(out) if !*out => *out = true,
+            // Out of the table, or made available twice.
+            _ => return Err(failed(virtio_queue::Error::InvalidDescriptorIndex)),
+        }
+        chain.load(&self.memory, raw).map_err(|source| self.chain_error(source))?;
+        Ok(true)
+    }
+
+    /// Puts the chain that was popped last back: it will be the next again.
+    pub fn unpop(&mut self, chain: &Chain) {
+        self.in_flight[usize::from(chain.head)] = false;
+        self.queue.go_to_previous_position();
+    }
+
+    /// Gives a chain back with `bytes` written to it.
+    pub fn used(&mut self, head: u16, bytes: u32) -> Result<(), DeviceError> {
+        let failed = self.ring_error();
+        if let Some(out) = self.in_flight.get_mut(usize::from(head)) {
+            *out = false;
+        }
+        self.queue.add_used(&self.memory, head, bytes).map_err(failed)?;
+        self.unannounced = true;
+        Ok(())
+    }
+
+    /// Interrupts the driver if something was used and it wants to know.
+    pub fn announce(&mut self) -> Result<(), DeviceError> {
+        let failed = self.ring_error();
+        if std::mem::take(&mut self.unannounced)
+            && self.queue.needs_notification(&self.memory).map_err(failed)?
+        {
+            self.interrupt.used();
+        }
+        Ok(())
+    }
+
+    /// Asks for a kick at the next chain; true when one came meanwhile.
+    pub fn want_kicks(&mut self) -> Result<bool, DeviceError> {
+        let failed = self.ring_error();
+        self.queue.enable_notification(&self.memory).map_err(failed)
+    }
+
+    /// Asks for no kicks.
+    pub fn no_kicks(&mut self) -> Result<(), DeviceError> {
+        let failed = self.ring_error();
+        self.queue.disable_notification(&self.memory).map_err(failed)
+    }
+
+    /// Makes an error about a chain of this queue.
+    pub fn refuse(&self, source: ChainError) -> DeviceError {
+        self.chain_error(source)
+    }
+}

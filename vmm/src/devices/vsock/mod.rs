@@ -1,0 +1,162 @@
+//! virtio-vsock (virtio 1.2, section 5.10): streams between the guest and Unix sockets of the host.
+//!
+//! Inwards a host program connects to the listening socket, writes `CONNECT <port>\n` and reads `OK <n>\n`.
+//! Outwards the guest connects to CID 2, and the stream is handed to the node manager (see [`outward`]).
+
+pub mod connection;
+pub mod muxer;
+pub mod outward;
+pub mod packet;
+
+use vmm_sys_util::epoll::EventSet;
+
+use crate::devices::virtio::chain::Chain;
+use crate::devices::virtio::queue::WorkQueue;
+use crate::devices::virtio::{Activation, COMMON_FEATURES, Device, DeviceError, DeviceType, Event, Source};
+use crate::devices::vsock::muxer::Muxer;
+use crate::devices::vsock::packet::{HEADER_BYTES, Header};
+
+const TX: usize = 1;
+const QUEUE_SIZE: u16 = 128;
+/// Most data in a packet (Linux: `VIRTIO_VSOCK_MAX_PKT_BUF_SIZE`).
+const MAX_DATA: u64 = 64 << 10;
+const MUXER_TOKEN: u32 = 0;
+
+/// See the module.
+pub struct Vsock {
+    muxer: Muxer,
+    config: [u8; 8],
+    active: Option<Active>,
+    chain: Chain,
+}
+
+struct Active {
+    rx: WorkQueue,
+    tx: WorkQueue,
+    /// Held for transport resets after a restore; idle until then.
+    _events: Option<WorkQueue>,
+}
+
+impl Vsock {
+    /// The device of the guest `guest_cid`.
+    pub fn new(guest_cid: u32, muxer: Muxer) -> Self {
+        Self { muxer, config: u64::from(guest_cid).to_le_bytes(), active: None, chain: Chain::default() }
+    }
+
+    /// To the guest, while it has buffers.
+    fn receive(&mut self) -> Result<(), DeviceError> {
+        let Some(Active { rx, .. }) = &mut self.active else { return Ok(()) };
+        let chain = &mut self.chain;
+        let mut budget = rx.round();
+        while self.muxer.has_packet() {
+            if budget == 0 {
+                rx.again();
+                break;
+            }
+            budget -= 1;
+            if !rx.pop(chain)? {
+                if rx.want_kicks()? {
+                    rx.no_kicks()?;
+                    continue;
+                }
+                break;
+            }
+            chain.only_writable().map_err(|error| rx.refuse(error))?;
+            let room = chain.writable.bytes();
+            if room < HEADER_BYTES as u64 {
+                let error = chain.wrong_length("receive buffer", room, HEADER_BYTES as u64, u64::MAX);
+                return Err(rx.refuse(error));
+            }
+            let mut front = chain.writable.clone_front(HEADER_BYTES as u64);
+            chain.writable.skip_front(HEADER_BYTES);
+            chain.writable.truncate(MAX_DATA);
+            match self.muxer.next_packet(&mut chain.writable) {
+                Some(header) => {
+                    front.put_front(&header.bytes());
+                    rx.used(chain.head, HEADER_BYTES as u32 + header.length)?;
+                }
+                None => {
+                    rx.unpop(chain);
+                    break;
+                }
+            }
+        }
+        rx.announce()
+    }
+
+    /// From the guest.
+    fn transmit(&mut self) -> Result<(), DeviceError> {
+        let Some(Active { tx, .. }) = &mut self.active else { return Ok(()) };
+        let muxer = &mut self.muxer;
+        tx.serve(&mut self.chain, |chain| {
+            chain.only_readable()?;
+            let bytes = chain.readable.bytes();
+            let mut header = [0; HEADER_BYTES];
+            if !chain.readable.take_front(&mut header) {
+                return Err(chain.wrong_length("header", bytes, HEADER_BYTES as u64, u64::MAX));
+            }
+            let header = Header::parse(&header);
+            let data = chain.readable.bytes();
+            // The buffer may be longer than the packet, never shorter.
+            if u64::from(header.length) > data.min(MAX_DATA) {
+                let length = u64::from(header.length);
+                return Err(chain.wrong_length("packet", length, 0, data.min(MAX_DATA)));
+            }
+            chain.readable.truncate(u64::from(header.length));
+            muxer.guest_packet(&header, &mut chain.readable);
+            Ok(0)
+        })
+    }
+}
+
+impl Device for Vsock {
+    fn kind(&self) -> DeviceType {
+        DeviceType::Vsock
+    }
+
+    fn queue_sizes(&self) -> &'static [u16] {
+        &[QUEUE_SIZE, QUEUE_SIZE, 16]
+    }
+
+    fn features(&self) -> u64 {
+        COMMON_FEATURES
+    }
+
+    fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
+        let mut queues = activation.queues.into_iter();
+        let (rx, tx, events) = (queues.next().flatten(), queues.next().flatten(), queues.next().flatten());
+        self.active = match (rx, tx) {
+            (Some(rx), Some(tx)) => Some(Active { rx, tx, _events: events }),
+            _ => None,
+        };
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.active = None;
+        self.muxer.reset();
+    }
+
+    /// Edge-triggered, since a pause leaves it unattended; the muxer empties its inner set each time.
+    fn sources(&self) -> Vec<Source> {
+        let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        vec![Source { fd: self.muxer.epoll_fd(), events, token: MUXER_TOKEN }]
+    }
+
+    fn handle(&mut self, event: Event) -> Result<(), DeviceError> {
+        match event {
+            Event::Host(..) => self.muxer.host_events(self.active.is_some()),
+            Event::Kick(TX) => self.transmit()?,
+            Event::Kick(_) => {}
+        }
+        self.receive()
+    }
+}
+
+#[cfg(test)]
+#[path = "tests.rs"]
+mod tests;

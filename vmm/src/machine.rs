@@ -1,0 +1,200 @@
+//! A VM put together: KVM, memory, kernel, devices, vCPUs; ready to run.
+
+use std::sync::Arc;
+
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
+use mandoline_api::monitor::Phase;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::boot::layout::{KVM_TSS, SERIAL_GSI, device_gsi, device_window};
+use crate::boot::{cpuid, loader, regs};
+use crate::bus::Bus;
+use crate::config::{self, Drive, Interface, Spec};
+use crate::devices::blk::{self, Blk};
+use crate::devices::control::Control;
+use crate::devices::net::Net;
+use crate::devices::rng::Rng;
+use crate::devices::serial::{Console, Uart};
+use crate::devices::virtio::mmio::{Transport, register};
+use crate::devices::virtio::{Device, Slot};
+use crate::devices::vsock::Vsock;
+use crate::devices::vsock::muxer::Muxer;
+use crate::exit::ExitLatch;
+use crate::memory::{self, Memory};
+use crate::state::Phases;
+use crate::vcpu;
+
+/// The VM could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No KVM.
+    #[error("/dev/kvm: {0}: is KVM loaded, may this user open it, and does the CPU have VT-x or SVM?")]
+    NoKvm(std::io::Error),
+    /// KVM refused a call.
+    #[error("{call}: {source}")]
+    Kvm {
+        /// Which.
+        call: &'static str,
+        /// What it said.
+        source: kvm_ioctls::Error,
+    },
+    /// KVM is too old or too small.
+    #[error("this host's KVM lacks {0:?}, which every sliver needs")]
+    Lacks(Cap),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    /// The kernel or its tables.
+    #[error(transparent)]
+    Load(#[from] loader::Error),
+    /// A vCPU's registers.
+    #[error(transparent)]
+    Registers(#[from] regs::Error),
+    /// A drive.
+    #[error(transparent)]
+    Drive(#[from] blk::OpenError),
+    /// An event descriptor.
+    #[error("{what}: {source}")]
+    Host {
+        /// What was tried.
+        what: &'static str,
+        /// What the host said.
+        source: std::io::Error,
+    },
+}
+
+fn kvm(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
+    move |source| Error::Kvm { call, source }
+}
+
+fn host(what: &'static str) -> impl Fn(std::io::Error) -> Error {
+    move |source| Error::Host { what, source }
+}
+
+/// A VM that is ready to run.
+pub struct Machine {
+    /// KVM's VM; it lives as long as the process.
+    pub vm: VmFd,
+    /// vCPUs that have not started.
+    pub vcpus: Vec<VcpuFd>,
+    /// What they share.
+    pub shared: vcpu::Shared,
+    /// Virtio devices in the order of their windows.
+    pub slots: Vec<Arc<Slot>>,
+    /// The serial port.
+    pub uart: Arc<Uart>,
+    /// Its output.
+    pub console: Arc<Console>,
+    /// The boot/exit page.
+    pub control: Arc<Control>,
+    /// Guest memory.
+    pub memory: Memory,
+}
+
+/// Opens `/dev/kvm`, or takes it inherited.
+pub fn open_kvm(inherited: Option<std::os::fd::OwnedFd>) -> Result<Kvm, Error> {
+    use std::os::fd::{FromRawFd, IntoRawFd};
+    match inherited {
+        // SAFETY: the descriptor is owned and given away here.
+        Some(fd) => Ok(unsafe { Kvm::from_raw_fd(fd.into_raw_fd()) }),
+        None => Kvm::new().map_err(|error| Error::NoKvm(error.into())),
+    }
+}
+
+/// Builds the VM of `spec`.
+pub fn build(kvm_fd: &Kvm, spec: Spec, phases: &Arc<Phases>, boot_timer: bool) -> Result<Machine, Error> {
+    for capability in [Cap::Irqchip, Cap::Ioeventfd, Cap::Irqfd, Cap::UserMemory, Cap::ImmediateExit] {
+        if !kvm_fd.check_extension(capability) {
+            return Err(Error::Lacks(capability));
+        }
+    }
+    let vm = kvm_fd.create_vm().map_err(kvm("KVM_CREATE_VM"))?;
+    vm.set_tss_address(KVM_TSS).map_err(kvm("KVM_SET_TSS_ADDR"))?;
+    let memory = memory::create(spec.memory)?;
+    memory::register(&vm, &memory)?;
+    phases.mark(Phase::MemoryReady);
+
+    let models = device_models(spec.drives, spec.interfaces, spec.vsock, spec.entropy)?;
+    let places: Vec<(u64, u32)> =
+        (0..models.len()).filter_map(|n| Some((device_window(n), device_gsi(n)?))).collect();
+    let (entry, kernel_end) = loader::kernel(&memory, &spec.kernel)?;
+    let initrd = spec.initrd.as_ref().map(|file| loader::initrd(&memory, file, kernel_end)).transpose()?;
+    let line = loader::command_line(&spec.command_line, &places)?;
+    loader::tables(&memory, &line, initrd, spec.vcpus)?;
+    phases.mark(Phase::KernelLoaded);
+
+    vm.create_irq_chip().map_err(kvm("KVM_CREATE_IRQCHIP"))?;
+    let exit = Arc::new(ExitLatch::new().map_err(host("eventfd"))?);
+    let console = Console::new(phases.clone()).map_err(host("eventfd"))?;
+    let line = interrupt_line(&vm, SERIAL_GSI)?;
+    let uart = Arc::new(Uart::new(line, console.clone()));
+    let control = Control::new(exit.clone(), phases.clone(), console.clone(), boot_timer);
+    let control = Arc::new(control.map_err(host("eventfd"))?);
+
+    let (mut slots, mut transports) = (Vec::new(), Vec::new());
+    for ((name, model), (window, gsi)) in models.into_iter().zip(&places) {
+        let slot = Slot::new(name, model, interrupt_line(&vm, *gsi)?).map_err(host("eventfd"))?;
+        for (queue, kick) in slot.kicks.iter().enumerate() {
+            let address = IoEventAddress::Mmio(window + register::QUEUE_NOTIFY);
+            vm.register_ioevent(kick, &address, queue as u32).map_err(kvm("KVM_IOEVENTFD"))?;
+        }
+        transports.push(Transport::new(slot.clone(), memory.clone()));
+        slots.push(slot);
+    }
+    let bus = Arc::new(Bus::new(uart.clone(), control.clone(), transports));
+
+    let vcpus = create_vcpus(kvm_fd, &vm, spec.vcpus, entry)?;
+    phases.mark(Phase::VcpuCreated);
+    let shared = vcpu::Shared { bus, exit, phases: phases.clone() };
+    Ok(Machine { vm, vcpus, shared, slots, uart, console, control, memory })
+}
+
+/// The device models with their names, in the order of their windows: drives, interfaces, vsock, rng.
+fn device_models(
+    drives: Vec<Drive>,
+    interfaces: Vec<Interface>,
+    vsock: Option<config::Vsock>,
+    entropy: bool,
+) -> Result<Vec<(String, Box<dyn Device>)>, Error> {
+    let mut models: Vec<(String, Box<dyn Device>)> = Vec::new();
+    for drive in drives {
+        let model = Blk::new(drive.file, &drive.options)?;
+        models.push((format!("blk {}", drive.options.id), Box::new(model)));
+    }
+    for interface in interfaces {
+        let model = Net::new(interface.tap, &interface.options);
+        models.push((format!("net {}", interface.id), Box::new(model)));
+    }
+    if let Some(vsock) = vsock {
+        let muxer = Muxer::new(vsock.guest_cid, vsock.listener, vsock.outward).map_err(host("vsock"))?;
+        models.push(("vsock".to_owned(), Box::new(Vsock::new(vsock.guest_cid, muxer))));
+    }
+    if entropy {
+        models.push(("rng".to_owned(), Box::new(Rng::default())));
+    }
+    Ok(models)
+}
+
+fn interrupt_line(vm: &VmFd, gsi: u32) -> Result<EventFd, Error> {
+    let line = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(host("eventfd"))?;
+    vm.register_irqfd(&line, gsi).map_err(kvm("KVM_IRQFD"))?;
+    Ok(line)
+}
+
+fn create_vcpus(kvm_fd: &Kvm, vm: &VmFd, count: u8, entry: u64) -> Result<Vec<VcpuFd>, Error> {
+    let supported = kvm_fd
+        .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+        .map_err(kvm("KVM_GET_SUPPORTED_CPUID"))?;
+    let tsc_deadline = kvm_fd.check_extension(Cap::TscDeadlineTimer);
+    let mut vcpus = Vec::with_capacity(usize::from(count));
+    for cpu in 0..count {
+        let vcpu = vm.create_vcpu(u64::from(cpu)).map_err(kvm("KVM_CREATE_VCPU"))?;
+        // Not known on every host: then the guest asks kvm-clock.
+        let tsc_khz = vcpu.get_tsc_khz().unwrap_or(0);
+        let shaped = cpuid::shape(&supported, cpu, count, tsc_khz, tsc_deadline);
+        vcpu.set_cpuid2(&shaped).map_err(kvm("KVM_SET_CPUID2"))?;
+        regs::set(&vcpu, cpu, entry)?;
+        vcpus.push(vcpu);
+    }
+    Ok(vcpus)
+}

@@ -1,0 +1,5 @@
+//! `mandoline-vmm run`.
+
+/// Options of `run`.
+#[derive(Debug, clap::Args)]
+pub struct RunArgs {}

@@ -1,0 +1,237 @@
+//! `mandoline-vmm vm`: from the command line to the guest's end, in the order that the jail demands: open
+//! everything, build the machine, give everything up, run.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+
+use mandoline_api::monitor::{ExitReason, Phase, RunState, VmConfig};
+use rustix::fs::OFlags;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::api::{routes, server};
+use crate::cli::{Switch, VmArgs};
+use crate::exit::{Exit, ExitLatch};
+use crate::fds::{self, Inherited};
+use crate::jail::seccomp::Role;
+use crate::jail::{self, Identity, seccomp};
+use crate::monitor::{Calls, Parts, Terminal};
+use crate::state::{Phases, StateFile};
+use crate::{config, log, machine, monitor};
+
+/// The monitor could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A descriptor or path.
+    #[error(transparent)]
+    Fd(#[from] fds::Error),
+    /// The configuration.
+    #[error(transparent)]
+    Config(#[from] config::Error),
+    /// The machine.
+    #[error(transparent)]
+    Machine(#[from] machine::Error),
+    /// The jail.
+    #[error(transparent)]
+    Jail(#[from] jail::Error),
+    /// A filter.
+    #[error(transparent)]
+    Seccomp(#[from] seccomp::Error),
+    /// The event loop.
+    #[error(transparent)]
+    Monitor(#[from] monitor::Error),
+    /// The host.
+    #[error("{what}: {source}")]
+    Host {
+        /// What was tried.
+        what: &'static str,
+        /// What the host said.
+        source: std::io::Error,
+    },
+}
+
+fn host(what: &'static str) -> impl Fn(std::io::Error) -> Error {
+    move |source| Error::Host { what, source }
+}
+
+/// Runs the VM; the reason why it ended is in the state file, too.
+pub fn run(args: &VmArgs) -> Exit {
+    let phases = Arc::new(Phases::default());
+    phases.mark(Phase::Main);
+    if let Some(ns) = args.start_time_ns {
+        phases.mark_at(Phase::ProcessStart, ns);
+    }
+    // The state file comes first, so that whatever fails afterwards is in it.
+    let opened = Inherited::adopt(&args.fds).and_then(|mut inherited| {
+        let file = args.state_file.as_deref().map(|path| inherited.sink("state file", path)).transpose()?;
+        let log = match args.log.as_deref() {
+            Some(path) => inherited.sink("log", path)?,
+            None => duplicate(std::io::stderr().lock())?,
+        };
+        Ok((inherited, file, log))
+    });
+    let (inherited, state_file, log) = match opened {
+        Ok(opened) => opened,
+        Err(error) => return failed(&error.into(), &mut StateFile::default()),
+    };
+    let log_fd = log.as_raw_fd();
+    log::start(log);
+    // Kept apart from the one that moves into the event loop: a failure before that still needs one.
+    let mut state = StateFile::new(state_file.as_ref().and_then(|file| file.try_clone().ok()));
+    match start(args, inherited, StateFile::new(state_file), &phases, log_fd) {
+        Ok(exit) => exit,
+        Err(error) => failed(&error, &mut state),
+    }
+}
+
+fn failed(error: &Error, state: &mut StateFile) -> Exit {
+    let text = error.to_string();
+    eprintln!("mandoline-vmm: {text}");
+    state.state(RunState::Exited, Some(ExitReason::Error), Some(text.clone()));
+    Exit { reason: ExitReason::Error, detail: Some(text) }
+}
+
+fn start(
+    args: &VmArgs,
+    mut inherited: Inherited,
+    state: StateFile,
+    phases: &Arc<Phases>,
+    log_fd: i32,
+) -> Result<Exit, Error> {
+    let signals = monitor::signals()?;
+    let vm_config = read_config(args, &mut inherited)?;
+    let spec = config::open(&vm_config, &mut inherited)?;
+    let terminal = terminal(args, &mut inherited)?;
+    let api = args.api_sock.as_deref().map(|path| api_socket(path, &mut inherited)).transpose()?;
+    phases.mark(Phase::ConfigRead);
+
+    let kvm = machine::open_kvm(inherited.take("kvm"))?;
+    let machine = machine::build(&kvm, spec, phases, args.boot_timer)?;
+    end_on_panic(machine.shared.exit.clone());
+
+    let identity = args.jail_uid.zip(args.jail_gid).map(|(uid, gid)| Identity { uid, gid });
+    jail::enter(identity)?;
+    let filters = args.seccomp == Switch::On;
+    if filters {
+        seccomp::install_handler(log_fd).map_err(host("handler of forbidden calls"))?;
+    } else {
+        tracing::warn!("--seccomp off: this monitor may make any system call; for debugging only");
+    }
+    phases.mark(Phase::Jailed);
+
+    let calls = match api {
+        None => None,
+        Some(listener) => Some(start_api(args, listener, vm_config, phases, filters)?),
+    };
+    let boot_timer_from = args.start_time_ns.or(phases.reached(Phase::Main)).unwrap_or(0);
+    let parts = Parts {
+        terminal,
+        state,
+        phases: phases.clone(),
+        signals,
+        calls,
+        confine: if filters { Box::new(|| confine(Role::Devices)) } else { Box::new(|| Ok(())) },
+        confine_vcpu: if filters { || confine(Role::Vcpu) } else { || Ok(()) },
+        boot_timer_from,
+    };
+    Ok(monitor::run(machine, parts)?)
+}
+
+fn confine(role: Role) -> Result<(), String> {
+    seccomp::confine(role).map_err(|error| error.to_string())
+}
+
+fn read_config(args: &VmArgs, inherited: &mut Inherited) -> Result<VmConfig, Error> {
+    let path = args.config_file.as_deref().unwrap_or_default();
+    let mut text = String::new();
+    inherited
+        .file("configuration file", path, false)?
+        .read_to_string(&mut text)
+        .map_err(host("reading the configuration file"))?;
+    Ok(config::parse(&text)?)
+}
+
+fn duplicate(fd: impl std::os::fd::AsFd) -> Result<File, fds::Error> {
+    let fd = fd.as_fd().try_clone_to_owned();
+    fd.map(File::from).map_err(|source| fds::open_error("log", "standard error".as_ref(), source))
+}
+
+/// Connects the console. Descriptors that were handed over become non-blocking; standard input and output,
+/// which belong to others too (a terminal's do), are opened anew for that.
+fn terminal(args: &VmArgs, inherited: &mut Inherited) -> Result<Terminal, Error> {
+    match args.serial.as_deref() {
+        Some(path) => {
+            let output = inherited.sink("serial", path)?;
+            nonblocking(&output)?;
+            Ok(Terminal { input: None, output: Some(output) })
+        }
+        None => Ok(Terminal { input: reopen(0, OFlags::RDONLY), output: reopen(1, OFlags::WRONLY) }),
+    }
+}
+
+fn reopen(number: i32, access: OFlags) -> Option<File> {
+    let flags = access | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC | OFlags::APPEND;
+    let path = format!("/proc/self/fd/{number}");
+    if let Ok(fd) = rustix::fs::open(path, flags, rustix::fs::Mode::empty()) {
+        return Some(fd.into());
+    }
+    // A socket cannot be opened by its name: share it.
+    // SAFETY: only borrowed for the call; if it is closed, the call fails.
+    let borrowed = unsafe { std::os::fd::BorrowedFd::borrow_raw(number) };
+    let file = File::from(rustix::io::dup(borrowed).ok()?);
+    nonblocking(&file).ok()?;
+    Some(file)
+}
+
+fn nonblocking(file: &File) -> Result<(), Error> {
+    let flags = rustix::fs::fcntl_getfl(file).map_err(|error| host("serial")(error.into()))?;
+    rustix::fs::fcntl_setfl(file, flags | OFlags::NONBLOCK).map_err(|error| host("serial")(error.into()))
+}
+
+fn api_socket(path: &str, inherited: &mut Inherited) -> Result<UnixListener, Error> {
+    match inherited.named("control socket", path)? {
+        Some(fd) => Ok(fd.into()),
+        None => Ok(UnixListener::bind(path)
+            .map_err(|source| fds::open_error("control socket", path.as_ref(), source))?),
+    }
+}
+
+fn start_api(
+    args: &VmArgs,
+    listener: UnixListener,
+    config: VmConfig,
+    phases: &Arc<Phases>,
+    filters: bool,
+) -> Result<Calls, Error> {
+    let (calls, receiver) = channel();
+    let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(host("eventfd"))?;
+    let event = Arc::new(event);
+    let context =
+        routes::Context { id: args.id.clone(), config, calls, event: event.clone(), phases: phases.clone() };
+    std::thread::Builder::new()
+        .name("api".to_owned())
+        .stack_size(256 << 10)
+        .spawn(move || {
+            if filters && let Err(error) = confine(Role::Api) {
+                tracing::error!("no control socket: {error}");
+                return;
+            }
+            if let Err(error) = server::serve(&listener, &context) {
+                tracing::error!(%error, "the control socket ended");
+            }
+        })
+        .map_err(host("starting the thread of the control socket"))?;
+    Ok(Calls { receiver, event })
+}
+
+/// A panic in any thread ends the VM: half a monitor must not go on.
+fn end_on_panic(exit: Arc<ExitLatch>) {
+    std::panic::set_hook(Box::new(move |panic| {
+        let text = format!("the monitor panicked: {panic}");
+        tracing::error!("{text}");
+        exit.close(ExitReason::Error, Some(text));
+    }));
+}
