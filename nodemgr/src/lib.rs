@@ -1,4 +1,26 @@
 //! The node manager: pools, slivers, enforcement; and the slice creation service beside it.
+//!
+//! [`daemon`] puts the node manager together. [`core`] takes operations ([`ops`], [`owner`]) and writes them
+//! down ([`state`], [`store`], [`secret`]); a [`supervisor`] for each sliver makes them real through a backend
+//! ([`vm_type`], [`kvm`]) and tells what happens ([`events`]). [`http`] is the interface, [`caller`] who may
+//! use it, [`accounts`] the way in by ssh. [`net`] is the slivers' network, [`scs`] an unprivileged client.
+#![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod accounts;
+pub mod caller;
+pub mod capacity;
+pub mod config;
+pub mod core;
+pub mod daemon;
+pub mod events;
+pub mod http;
+pub mod kvm;
 pub mod net;
+pub mod ops;
+pub mod owner;
 pub mod scs;
+pub mod secret;
+pub mod state;
+pub mod store;
+pub mod supervisor;
+pub mod vm_type;

@@ -64,41 +64,50 @@ impl Rspec {
     /// Splits `want` off this pool, which keeps the rest, and returns the child. On an error nothing changes.
     pub fn split(&mut self, want: &Rspec) -> Result<Rspec, RspecError> {
         self.check_within(want)?;
-        let mut rest = self.clone();
         for attribute in ATTRIBUTES {
-            let Some(value) = want.get(attribute.name) else {
-                continue;
-            };
-            match (attribute.kind, value) {
-                (Kind::Reservation, Value::Number(value)) => {
+            match (attribute.kind, want.get(attribute.name)) {
+                (Kind::Reservation, Some(Value::Number(value))) => {
                     let have = self.number(attribute.name).unwrap_or(0);
-                    let left = have.checked_sub(*value).ok_or_else(|| {
+                    if *value > have {
                         let have = Value::Number(have).display(attribute);
-                        exceeds(attribute.name, &Value::Number(*value), format!("at most {have}"))
-                    })?;
-                    if self.get(attribute.name).is_some() {
-                        rest.put(attribute.name, Value::Number(left));
+                        return Err(exceeds(attribute.name, &Value::Number(*value), format!("at most {have}")));
                     }
                 }
-                (Kind::Set, Value::Ports(ports)) => {
-                    let mut have = self.ports();
+                (Kind::Set, Some(Value::Ports(ports))) => {
+                    let have = self.ports();
                     if !have.contains_all(ports) {
                         let allowed = match have.is_empty() {
                             true => "none: the pool has none left".to_owned(),
                             false => have.to_string(),
                         };
-                        return Err(exceeds(attribute.name, value, allowed));
-                    }
-                    if self.get(attribute.name).is_some() {
-                        have.subtract(ports);
-                        rest.put(attribute.name, Value::Ports(have));
+                        return Err(exceeds(attribute.name, &Value::Ports(ports.clone()), allowed));
                     }
                 }
                 _ => {}
             }
         }
-        *self = rest;
+        self.take_out(want);
         Ok(want.clone())
+    }
+
+    /// Takes a child's reservations and sets out, as far as they are there, whatever the limits say. For who
+    /// knows that the child was split from this pool: the rest of a pool is what it was made with less all
+    /// its children.
+    pub fn take_out(&mut self, child: &Rspec) {
+        for attribute in ATTRIBUTES {
+            match (attribute.kind, self.get(attribute.name), child.get(attribute.name)) {
+                (Kind::Reservation, Some(Value::Number(have)), Some(Value::Number(gone))) => {
+                    let left = have.saturating_sub(*gone);
+                    self.put(attribute.name, Value::Number(left));
+                }
+                (Kind::Set, Some(Value::Ports(have)), Some(Value::Ports(gone))) => {
+                    let mut left = have.clone();
+                    left.subtract(gone);
+                    self.put(attribute.name, Value::Ports(left));
+                }
+                _ => {}
+            }
+        }
     }
 
     /// Takes a child's reservations and sets back into the pool that it was split from.

@@ -1,0 +1,385 @@
+//! `nodemgr.toml`: everything has a default that fits a packaged node, so an empty file is a good one.
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+
+use ipnet::Ipv4Net;
+use mandoline_limits::Rate;
+use mandoline_rspec::{AuthorityName, KVM_MICROVM, Rspec, SliceId, SliceName, parse_rate};
+use serde::Deserialize;
+
+use crate::caller::{Service, Services};
+use crate::kvm;
+use crate::net::NetworkConfig;
+use crate::ops::Overbook;
+
+/// Why the configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("configuration {}: {source}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// The file is not TOML, or has a setting that does not exist.
+    #[error("configuration {}: {message}", path.display())]
+    Syntax {
+        /// The file.
+        path: PathBuf,
+        /// Where and what.
+        message: String,
+    },
+    /// A setting has a value that it cannot have.
+    #[error("configuration: {setting} = {value}: {message}")]
+    Value {
+        /// The setting.
+        setting: String,
+        /// Its value.
+        value: String,
+        /// What is wrong, and what is allowed.
+        message: String,
+    },
+}
+
+/// The configuration as it stands in the file.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// What must survive a power cut: state, disks, templates.
+    pub state_dir: PathBuf,
+    /// Sockets, and what lives as long as the machine runs.
+    pub run_dir: PathBuf,
+    /// Logs and consoles of slivers.
+    pub log_dir: PathBuf,
+    /// The owner's script, applied at each start.
+    pub owner_script: PathBuf,
+    /// The authority of slice names that name none.
+    pub default_authority: AuthorityName,
+    /// Names of the node beside `site_admin` and `pl_conf`.
+    pub local_names: Vec<SliceName>,
+    /// Services of the host: the slice that they act as, to who they are.
+    pub services: BTreeMap<SliceName, ServiceConfig>,
+    /// Names of virtualisations that are accepted for another: `linux_vserver = "kvm-microvm"`.
+    pub vm_type_names: BTreeMap<String, String>,
+    /// What the node has: attributes that replace what was found out.
+    pub capacity: toml::Table,
+    /// How far limits may be overbooked.
+    pub overbook: OverbookConfig,
+    /// CPU shares of 1000 that are kept for the node's own services.
+    pub host_cpu_shares: u64,
+    /// The slivers' network.
+    pub network: NetConfig,
+    /// The `kvm-microvm` backend.
+    pub kvm: kvm::KvmConfig,
+    /// Accounts for ssh through the node.
+    pub accounts: AccountsConfig,
+}
+
+/// A service of the host.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ServiceConfig {
+    /// The user that it runs as, by name.
+    #[serde(default)]
+    pub user: Option<String>,
+    /// The user that it runs as, by number.
+    #[serde(default)]
+    pub uid: Option<u32>,
+    /// Authorities whose slices it may make slivers for.
+    #[serde(default)]
+    pub authorities: Vec<AuthorityName>,
+}
+
+/// How far limits may be overbooked: the sum of all slivers' over what the node has.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct OverbookConfig {
+    /// Of memory.
+    pub memory: f64,
+    /// Of disk.
+    pub disk: f64,
+}
+
+impl Default for OverbookConfig {
+    /// Guests rarely touch all their memory, and sparse disks stay small: PlanetLab overbooked both far more.
+    fn default() -> Self {
+        Self {
+            memory: 2.0,
+            disk: 10.0,
+        }
+    }
+}
+
+/// The slivers' network.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct NetConfig {
+    /// Network of the slivers' addresses.
+    pub net: Ipv4Net,
+    /// First port of the slivers' blocks of source ports.
+    pub first_port: u16,
+    /// Ports of one sliver.
+    pub ports: u16,
+    /// What all slivers together may send: `"100 Mbit/s"`.
+    pub node_rate: String,
+    /// Links to the outside; empty: that of the default route.
+    pub uplinks: Vec<String>,
+    /// The node's address for its slivers' flows; absent: the first of the first uplink.
+    pub node_address: Option<Ipv4Addr>,
+    /// The program that loads the packet filter.
+    pub nft: PathBuf,
+    /// Largest packet of a sliver, in bytes.
+    pub mtu: u32,
+    /// Name servers of the slivers; empty: the node's own that are not on its loopback.
+    pub dns: Vec<std::net::IpAddr>,
+}
+
+impl Default for NetConfig {
+    fn default() -> Self {
+        let network = NetworkConfig::default();
+        Self {
+            net: network.net,
+            first_port: network.first_port,
+            ports: network.ports,
+            node_rate: "100 Mbit/s".to_owned(),
+            uplinks: network.uplinks,
+            node_address: network.node_address,
+            nft: network.nft,
+            mtu: network.mtu,
+            dns: Vec::new(),
+        }
+    }
+}
+
+/// Accounts for ssh through the node.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AccountsConfig {
+    /// Directory that libnss-extrausers reads.
+    pub directory: PathBuf,
+    /// User id of the sliver with index 0.
+    pub first_uid: u32,
+    /// Shell of the accounts: they only pass through to their sliver.
+    pub shell: PathBuf,
+}
+
+impl Default for AccountsConfig {
+    fn default() -> Self {
+        Self {
+            directory: "/var/lib/extrausers".into(),
+            first_uid: 200_000,
+            shell: "/usr/sbin/nologin".into(),
+        }
+    }
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        // The names are constants that keep the rules; a test reads them.
+        let authority = || AuthorityName::new("plc").ok();
+        let scs = ServiceConfig {
+            user: Some("pl_conf".to_owned()),
+            uid: None,
+            authorities: authority().into_iter().collect(),
+        };
+        Self {
+            state_dir: "/var/lib/mandoline".into(),
+            run_dir: "/run/mandoline".into(),
+            log_dir: "/var/log/mandoline".into(),
+            owner_script: "/etc/mandoline/node/owner.json".into(),
+            default_authority: default_authority(),
+            local_names: Vec::new(),
+            services: SliceName::new("pl_conf")
+                .ok()
+                .map(|name| (name, scs))
+                .into_iter()
+                .collect(),
+            vm_type_names: BTreeMap::new(),
+            capacity: toml::Table::new(),
+            overbook: OverbookConfig::default(),
+            host_cpu_shares: 100,
+            network: NetConfig::default(),
+            kvm: kvm::KvmConfig::default(),
+            accounts: AccountsConfig::default(),
+        }
+    }
+}
+
+fn default_authority() -> AuthorityName {
+    match AuthorityName::new("plc") {
+        Ok(name) => name,
+        Err(error) => unreachable!("{error}"),
+    }
+}
+
+impl Config {
+    /// Reads the file.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::File {
+            path: path.to_owned(),
+            source,
+        })?;
+        let config: Self = toml::from_str(&text).map_err(|error| ConfigError::Syntax {
+            path: path.to_owned(),
+            message: error.to_string(),
+        })?;
+        config.check()?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        let refuse = |setting: &str, value: String, message: &str| {
+            Err(ConfigError::Value {
+                setting: setting.to_owned(),
+                value,
+                message: message.to_owned(),
+            })
+        };
+        if let Some(name) = self.local_names.iter().find(|name| name.as_str().contains('.')) {
+            let message =
+                "a name of the node may hold no dot: what stands before the first dot is an authority";
+            return refuse("local_names", name.to_string(), message);
+        }
+        if self.host_cpu_shares > mandoline_rspec::CPU_SHARES {
+            return refuse(
+                "host_cpu_shares",
+                self.host_cpu_shares.to_string(),
+                "allowed: 0 to 1000",
+            );
+        }
+        for (setting, value) in [
+            ("overbook.memory", self.overbook.memory),
+            ("overbook.disk", self.overbook.disk),
+        ] {
+            if !(value > 0.0 && value <= 1000.0) {
+                return refuse(setting, value.to_string(), "allowed: above 0, at most 1000");
+            }
+        }
+        for (name, backend) in &self.vm_type_names {
+            if backend != KVM_MICROVM {
+                let setting = format!("vm_type_names.{name}");
+                return refuse(
+                    &setting,
+                    backend.clone(),
+                    "allowed: the name of a backend, kvm-microvm",
+                );
+            }
+        }
+        self.node_rate()?;
+        self.capacity()?;
+        Ok(())
+    }
+
+    /// What all slivers together may send, in bit/s.
+    pub fn node_rate(&self) -> Result<u64, ConfigError> {
+        parse_rate(&self.network.node_rate).map_err(|problem| ConfigError::Value {
+            setting: "network.node_rate".to_owned(),
+            value: self.network.node_rate.clone(),
+            message: format!("is {problem}; allowed: a rate like \"100 Mbit/s\""),
+        })
+    }
+
+    /// The attributes of `[capacity]`.
+    pub fn capacity(&self) -> Result<Rspec, ConfigError> {
+        let value = |message: String| ConfigError::Value {
+            setting: "capacity".to_owned(),
+            value: "the table".to_owned(),
+            message,
+        };
+        let json = serde_json::to_value(&self.capacity).map_err(|e| value(e.to_string()))?;
+        Rspec::from_json(&json).map_err(|e| value(e.to_string()))
+    }
+
+    /// The settings of the slivers' network.
+    pub fn network(&self) -> Result<NetworkConfig, ConfigError> {
+        let network = &self.network;
+        let node_rate = Rate::from_bits_per_second(self.node_rate()?).map_err(|e| ConfigError::Value {
+            setting: "network.node_rate".to_owned(),
+            value: network.node_rate.clone(),
+            message: e.to_string(),
+        })?;
+        Ok(NetworkConfig {
+            net: network.net,
+            first_port: network.first_port,
+            ports: network.ports,
+            node_rate,
+            uplinks: network.uplinks.clone(),
+            node_address: network.node_address,
+            nft: network.nft.clone(),
+            mtu: network.mtu,
+            ..NetworkConfig::default()
+        })
+    }
+
+    /// How far limits may be overbooked.
+    pub fn overbook(&self) -> Overbook {
+        Overbook {
+            memory: self.overbook.memory,
+            disk: self.overbook.disk,
+        }
+    }
+
+    /// The services of the host, by uid. A user that does not exist is left out with a warning: the service
+    /// may not be installed.
+    pub fn services(&self, passwd: &str) -> Services {
+        let found = self.services.iter().filter_map(|(slice, service)| {
+            let by_name = service.user.as_deref().and_then(|user| uid_of(passwd, user));
+            let Some(uid) = service.uid.or(by_name) else {
+                tracing::warn!(%slice, user = service.user, "service has no user on this node: it cannot call");
+                return None;
+            };
+            let slice = SliceId::local(slice.clone());
+            Some((uid, Service { slice, authorities: service.authorities.clone() }))
+        });
+        Services::new(found)
+    }
+}
+
+/// A user's number, from the text of `/etc/passwd`: services are local users, not a directory's.
+fn uid_of(passwd: &str, user: &str) -> Option<u32> {
+    passwd.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        (fields.next()? == user).then(|| fields.nth(1)?.parse().ok())?
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_file_is_a_good_one() {
+        let config: Config = toml::from_str("").unwrap();
+        config.check().unwrap();
+        assert_eq!(config.services.len(), 1);
+        assert_eq!(config.node_rate().unwrap(), 100_000_000);
+        assert_eq!(
+            uid_of("root:x:0:0::/:\npl_conf:x:990:990::/:/bin/false\n", "pl_conf"),
+            Some(990)
+        );
+    }
+
+    #[test]
+    fn wrong_settings_are_named() {
+        for (text, names) in [
+            ("stat_dir = \"/x\"", "stat_dir"),
+            ("host_cpu_shares = 1001", "host_cpu_shares"),
+            ("[network]\nnode_rate = \"fast\"", "node_rate"),
+            ("[capacity]\nmem_limit = -1", "mem_limit"),
+            ("[vm_type_names]\nlinux_vserver = \"chroot\"", "chroot"),
+            ("local_names = [\"a.b_c\"]", "a.b_c"),
+            ("local_names = [\"A\"]", "lower-case"),
+            ("[overbook]\nmemory = 0", "overbook.memory"),
+        ] {
+            let message = match toml::from_str::<Config>(text) {
+                Ok(config) => config.check().unwrap_err().to_string(),
+                Err(error) => error.to_string(),
+            };
+            assert!(message.contains(names), "{text}: {message}");
+        }
+    }
+}

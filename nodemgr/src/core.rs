@@ -1,0 +1,529 @@
+//! The node manager itself: takes operations, writes them down, answers, and wakes who makes them real.
+//!
+//! ```text
+//!  HTTP ──► Core::execute ──► ops (check, change) ──► store (durable) ──► state ──► answer
+//!                                                                          │
+//!                                              supervisor of each sliver ◄─┘ wake
+//!                                                          │
+//!                                              vm_type backend ──► events
+//! ```
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use mandoline_api::nodemgr::{
+    ErrorBody, ErrorKind, Initscript, ListAnswer, NodeInfo, PoolInfo, RspecAnswer, SliverEvent, SliverInfo,
+    SliverState, VmId,
+};
+use mandoline_rspec::{ATTRIBUTE_TABLE_VERSION, Rcap};
+use tokio::sync::Notify;
+
+use crate::caller::Caller;
+use crate::events::EventHub;
+use crate::ops::{self, Op, OpResult, Operation, Rules};
+use crate::owner;
+use crate::secret::{RcapIndex, Secret};
+use crate::state::{Change, Sliver, State};
+use crate::store::{ANSWERS_MAX, Loaded, Outcome, Store, StoreError, StoredAnswer};
+use crate::vm_type::{Registry, SliverSpec, monotonic_ns};
+
+struct Inner {
+    state: State,
+    index: RcapIndex,
+    store: Store,
+    answers: BTreeMap<String, StoredAnswer>,
+}
+
+/// How a sliver's supervisor is woken.
+#[derive(Debug, Default)]
+pub struct Waker {
+    /// Rung whenever what is recorded of the sliver has changed.
+    pub bell: Notify,
+    /// When the request that caused the current start came in, `CLOCK_MONOTONIC` ns.
+    pub since_ns: AtomicU64,
+}
+
+/// A request that carries an idempotency key.
+#[derive(Debug, Clone)]
+pub struct Key {
+    /// The caller's key.
+    pub key: String,
+    /// SHA-256 of operation and request, in hexadecimal.
+    pub request: String,
+}
+
+/// The node manager.
+pub struct Core {
+    /// What operations go by.
+    pub rules: Rules,
+    /// The backends.
+    pub registry: Registry,
+    /// What is told of slivers.
+    pub events: EventHub,
+    /// Rung when slivers come or go: the node's accounts are to be written.
+    pub accounts_bell: Notify,
+    secret: Secret,
+    inner: Mutex<Inner>,
+    wakers: Mutex<BTreeMap<VmId, Arc<Waker>>>,
+}
+
+/// Nanoseconds since 1970.
+pub fn unix_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
+
+impl Core {
+    /// A node manager on what a store holds.
+    pub fn new(rules: Rules, registry: Registry, secret: Secret, store: Store, loaded: Loaded) -> Self {
+        let index = RcapIndex::new(&secret, &loaded.state);
+        let inner = Inner {
+            state: loaded.state,
+            index,
+            store,
+            answers: loaded.answers,
+        };
+        Self {
+            rules,
+            registry,
+            events: EventHub::new(loaded.starts),
+            accounts_bell: Notify::new(),
+            secret,
+            inner: Mutex::new(inner),
+            wakers: Mutex::new(BTreeMap::new()),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // State is applied in one go after it is written; a panic before that leaves it as it was.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does an operation, durably. A repeated key gives the stored outcome.
+    pub async fn execute(
+        self: &Arc<Self>,
+        caller: Caller,
+        operation: Operation,
+        key: Option<Key>,
+    ) -> OpResult<Outcome> {
+        let since = monotonic_ns();
+        let core = Arc::clone(self);
+        let work = move || core.execute_now(&caller, &operation, key, since);
+        match tokio::task::spawn_blocking(work).await {
+            Ok((outcome, touched)) => {
+                for vm_id in touched {
+                    self.wake(vm_id, Some(since));
+                }
+                outcome
+            }
+            Err(error) => {
+                tracing::error!(%error, "operation ended in a panic");
+                Err(internal())
+            }
+        }
+    }
+
+    fn execute_now(
+        &self,
+        caller: &Caller,
+        operation: &Operation,
+        key: Option<Key>,
+        since: u64,
+    ) -> (OpResult<Outcome>, Vec<VmId>) {
+        let mut inner = self.lock();
+        let slot = key.as_ref().map(|key| format!("{caller}\n{}", key.key));
+        if let (Some(slot), Some(key)) = (&slot, &key)
+            && let Some(stored) = inner.answers.get(slot)
+        {
+            return match stored.request == key.request {
+                true => (Ok(stored.outcome.clone()), Vec::new()),
+                false => (Err(key_reused(&key.key)), Vec::new()),
+            };
+        }
+        let Inner { state, index, .. } = &*inner;
+        let mut op = Op {
+            caller,
+            rules: &self.rules,
+            secret: &self.secret,
+            index,
+            state,
+            change: state.change(),
+        };
+        let outcome = match op.perform(operation) {
+            Ok(outcome) => outcome,
+            Err(error) => return (Err(error), Vec::new()),
+        };
+        let delta = op.change.into_delta();
+        let answer = key.map(|key| StoredAnswer {
+            request: key.request,
+            outcome: outcome.clone(),
+            unix_ns: unix_ns(),
+        });
+        let touched: Vec<VmId> = delta.slivers.keys().copied().collect();
+        let stored = slot.as_deref().zip(answer.as_ref());
+        if let Err(error) = self.write(&mut inner, delta, stored) {
+            tracing::error!(%error, "change not recorded");
+            return (Err(internal()), Vec::new());
+        }
+        drop(inner);
+        tracing::debug!(took_us = (monotonic_ns() - since) / 1000, "recorded");
+        (Ok(outcome), touched)
+    }
+
+    /// Writes a change to the disk, then applies it.
+    fn write(
+        &self,
+        inner: &mut Inner,
+        delta: crate::state::Delta,
+        answer: Option<(&str, &StoredAnswer)>,
+    ) -> Result<(), StoreError> {
+        let mut forget = Vec::new();
+        if answer.is_some() && inner.answers.len() >= ANSWERS_MAX {
+            let oldest = inner
+                .answers
+                .iter()
+                .min_by_key(|(_, a)| a.unix_ns)
+                .map(|(slot, _)| slot.clone());
+            forget.extend(oldest);
+        }
+        inner.store.commit(&delta, answer, &forget)?;
+        for slot in &forget {
+            inner.answers.remove(slot);
+        }
+        if let Some((slot, answer)) = answer {
+            inner.answers.insert(slot.to_owned(), answer.clone());
+        }
+        for (id, pool) in &delta.pools {
+            if let Some(old) = inner.state.pools.get(id) {
+                inner.index.remove(&self.secret, old);
+            }
+            if let Some(new) = pool {
+                inner.index.insert(&self.secret, new);
+            }
+        }
+        inner.state.apply(delta);
+        Ok(())
+    }
+
+    /// Makes a change of the node manager's own, durably. Gives the slivers that it touched.
+    fn alter(&self, alter: impl FnOnce(&mut Change<'_>)) -> Result<Vec<VmId>, StoreError> {
+        let mut inner = self.lock();
+        let mut change = inner.state.change();
+        alter(&mut change);
+        let delta = change.into_delta();
+        if delta.is_empty() {
+            return Ok(Vec::new());
+        }
+        let touched = delta.slivers.keys().copied().collect();
+        self.write(&mut inner, delta, None)?;
+        Ok(touched)
+    }
+
+    async fn alter_async(
+        self: &Arc<Self>,
+        change: impl FnOnce(&mut Change<'_>) + Send + 'static,
+    ) -> Vec<VmId> {
+        let core = Arc::clone(self);
+        match tokio::task::spawn_blocking(move || core.alter(change)).await {
+            Ok(Ok(touched)) => touched,
+            Ok(Err(error)) => {
+                tracing::error!(%error, "change not recorded");
+                Vec::new()
+            }
+            Err(error) => {
+                tracing::error!(%error, "change ended in a panic");
+                Vec::new()
+            }
+        }
+    }
+
+    /// Applies the owner's script.
+    pub fn apply_script(&self, entries: &[owner::Entry]) -> Result<(), ErrorBody> {
+        let mut inner = self.lock();
+        let Inner { state, index, .. } = &*inner;
+        let mut op = Op {
+            caller: &Caller::Owner,
+            rules: &self.rules,
+            secret: &self.secret,
+            index,
+            state,
+            change: state.change(),
+        };
+        owner::apply(&mut op, entries)?;
+        let delta = op.change.into_delta();
+        if delta.is_empty() {
+            return Ok(());
+        }
+        self.write(&mut inner, delta, None).map_err(|error| {
+            tracing::error!(%error, "owner's script not recorded");
+            internal()
+        })
+    }
+
+    /// Lets what is past its time return.
+    pub async fn expire(self: &Arc<Self>) {
+        let now = jiff::Timestamp::now();
+        for vm_id in self.alter_async(move |change| ops::expire(change, now)).await {
+            self.wake(vm_id, None);
+        }
+    }
+
+    /// Records that a sliver and all it had is gone, and tells so.
+    pub async fn gone(self: &Arc<Self>, sliver: &Sliver) {
+        let vm_id = sliver.vm_id;
+        let audience = self.audience(sliver);
+        self.alter_async(move |change| ops::gone(change, vm_id)).await;
+        let mut event = self.event_of(sliver);
+        event.state = SliverState::Gone;
+        event.reason = sliver.note.clone();
+        event.class = None;
+        event.unix_ns = unix_ns();
+        self.events.tell(event, audience, true);
+        self.wakers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&vm_id);
+        self.accounts_bell.notify_one();
+    }
+
+    /// Records that a sliver stopped by itself.
+    pub async fn stopped_by_itself(self: &Arc<Self>, vm_id: VmId, note: String) {
+        self.alter_async(move |change| ops::set_stopped(change, vm_id, &note))
+            .await;
+    }
+
+    /// Records a sliver's host keys.
+    pub async fn host_keys(self: &Arc<Self>, vm_id: VmId, keys: Vec<String>) {
+        self.alter_async(move |change| ops::set_host_keys(change, vm_id, &keys))
+            .await;
+    }
+
+    /// The ids of all slivers that are recorded.
+    pub fn recorded(&self) -> Vec<VmId> {
+        self.lock().state.slivers.keys().copied().collect()
+    }
+
+    /// What is recorded of a sliver.
+    pub fn sliver(&self, vm_id: VmId) -> Option<Sliver> {
+        self.lock().state.slivers.get(&vm_id).cloned()
+    }
+
+    /// What a backend needs to know of a sliver.
+    pub fn spec(&self, sliver: &Sliver) -> SliverSpec {
+        let rspec = self.lock().state.change().sliver_rspec(sliver);
+        SliverSpec {
+            vm_id: sliver.vm_id,
+            index: sliver.index,
+            slice: sliver.slice.clone(),
+            account: self.rules.account(&sliver.slice),
+            rspec,
+        }
+    }
+
+    /// All slivers as backends know them.
+    pub fn specs(&self) -> Vec<SliverSpec> {
+        let slivers: Vec<Sliver> = self.lock().state.slivers.values().cloned().collect();
+        slivers.iter().map(|sliver| self.spec(sliver)).collect()
+    }
+
+    /// Who may see a sliver's events.
+    pub fn audience(&self, sliver: &Sliver) -> [mandoline_rspec::SliceId; 2] {
+        let inner = self.lock();
+        let holder = sliver
+            .pools
+            .first()
+            .and_then(|id| inner.state.pools.get(id))
+            .map(|p| p.holder.clone());
+        [
+            holder.unwrap_or_else(|| sliver.slice.clone()),
+            sliver.slice.clone(),
+        ]
+    }
+
+    /// The last event of a sliver, or the first that there can be.
+    pub fn event_of(&self, sliver: &Sliver) -> SliverEvent {
+        self.events.last(sliver.vm_id).unwrap_or_else(|| SliverEvent {
+            seq: 0,
+            vm_id: sliver.vm_id,
+            slice: sliver.slice.to_string(),
+            vm_type: sliver.vm_type.clone(),
+            state: SliverState::Defined,
+            reason: None,
+            class: None,
+            initscript: Initscript::None,
+            address: None,
+            ssh_host_keys: sliver.ssh_host_keys.clone(),
+            phases_us: BTreeMap::new(),
+            unix_ns: unix_ns(),
+        })
+    }
+
+    /// Rings a sliver's supervisor, which is started if there is none.
+    pub fn wake(self: &Arc<Self>, vm_id: VmId, since: Option<u64>) {
+        let mut wakers = self.wakers.lock().unwrap_or_else(PoisonError::into_inner);
+        let waker = match wakers.get(&vm_id) {
+            Some(waker) => Arc::clone(waker),
+            None => {
+                let waker = Arc::new(Waker::default());
+                wakers.insert(vm_id, Arc::clone(&waker));
+                waker
+                    .since_ns
+                    .store(since.unwrap_or_else(monotonic_ns), Ordering::Relaxed);
+                tokio::spawn(crate::supervisor::run(
+                    Arc::clone(self),
+                    vm_id,
+                    Arc::clone(&waker),
+                ));
+                self.accounts_bell.notify_one();
+                return;
+            }
+        };
+        if let Some(since) = since {
+            waker.since_ns.store(since, Ordering::Relaxed);
+        }
+        waker.bell.notify_one();
+    }
+
+    /// The answer that an outcome stands for.
+    pub fn rcap(&self, pool: u64, epoch: u32) -> Rcap {
+        self.secret.rcap(pool, epoch)
+    }
+
+    /// `get_rcap` and `get_rcaps`: the caller's unbound pools, oldest first.
+    pub fn rcaps(&self, caller: &Caller) -> OpResult<Vec<Rcap>> {
+        let inner = self.lock();
+        match caller {
+            Caller::Slice(slice) => Ok(ops::pools_of(&inner.state, slice)
+                .map(|pool| self.secret.rcap(pool.id, pool.epoch))
+                .collect()),
+            Caller::Owner => Ok(Vec::new()),
+            Caller::Stranger(uid) => Err(stranger(*uid)),
+        }
+    }
+
+    /// The caller's oldest unbound pool.
+    pub fn oldest_rcap(&self, caller: &Caller) -> OpResult<Rcap> {
+        match (self.rcaps(caller)?.into_iter().next(), caller) {
+            (Some(rcap), _) => Ok(rcap),
+            (None, Caller::Slice(slice)) => Err(ops::pools::no_pool(slice)),
+            (None, _) => Err(ErrorBody::new(ErrorKind::NotFound, "the owner holds no pool")
+                .allowed("list shows all pools")),
+        }
+    }
+
+    /// `get_rspec`.
+    pub fn rspec(&self, caller: &Caller, rcap: &Rcap) -> OpResult<RspecAnswer> {
+        if let Caller::Stranger(uid) = caller {
+            return Err(stranger(*uid));
+        }
+        let inner = self.lock();
+        let pool = inner
+            .index
+            .find(&self.secret, &inner.state, rcap)
+            .ok_or_else(ops::unknown_rcap)?;
+        let change = inner.state.change();
+        let sliver = pool.bound.and_then(|vm_id| inner.state.slivers.get(&vm_id));
+        let rspec = match sliver {
+            Some(sliver) if sliver.pools.first() == Some(&pool.id) => change.sliver_rspec(sliver),
+            Some(_) => pool.granted.clone(),
+            None => change.rest(pool),
+        };
+        Ok(RspecAnswer {
+            rspec,
+            vm_id: pool.bound,
+            slice: sliver.map(|sliver| sliver.slice.to_string()),
+        })
+    }
+
+    /// `list`.
+    pub fn list(&self, caller: &Caller) -> OpResult<ListAnswer> {
+        if let Caller::Stranger(uid) = caller {
+            return Err(stranger(*uid));
+        }
+        let inner = self.lock();
+        let change = inner.state.change();
+        let sees = |holder: &mandoline_rspec::SliceId| match caller {
+            Caller::Slice(slice) => slice == holder,
+            _ => true,
+        };
+        let pools = inner
+            .state
+            .pools
+            .values()
+            .filter(|pool| pool.bound.is_none() && sees(&pool.holder));
+        let pools = pools
+            .map(|pool| PoolInfo {
+                rcap: self.secret.rcap(pool.id, pool.epoch),
+                holder: pool.holder.to_string(),
+                granted: pool.granted.clone(),
+                rspec: change.rest(pool),
+                children: change.children(pool.id).count(),
+                retired: pool.retired,
+            })
+            .collect();
+        let slivers = inner.state.slivers.values().filter_map(|sliver| {
+            let pool = inner.state.pools.get(sliver.pools.first()?)?;
+            (sees(&pool.holder) || sees(&sliver.slice)).then(|| SliverInfo {
+                rcap: self.secret.rcap(pool.id, pool.epoch),
+                rspec: change.sliver_rspec(sliver),
+                account: self.rules.account(&sliver.slice),
+                event: self.event_of(sliver),
+            })
+        });
+        Ok(ListAnswer {
+            pools,
+            slivers: slivers.collect(),
+        })
+    }
+
+    /// `GET /v1/node`.
+    pub fn node(&self) -> NodeInfo {
+        let inner = self.lock();
+        let names = self
+            .rules
+            .vm_types
+            .iter()
+            .filter(|(name, backend)| name != backend);
+        NodeInfo {
+            vm_types: self.registry.iter().map(|backend| backend.info()).collect(),
+            vm_type_names: names
+                .map(|(name, backend)| (name.clone(), backend.clone()))
+                .collect(),
+            attribute_table_version: ATTRIBUTE_TABLE_VERSION,
+            capacity: inner.state.capacity.clone(),
+            available: inner.state.change().node_rest(None),
+            limits: BTreeMap::from([
+                ("slivers".to_owned(), u64::from(self.rules.max_slivers)),
+                ("slivers_now".to_owned(), inner.state.slivers.len() as u64),
+                ("pools_now".to_owned(), inner.state.pools.len() as u64),
+            ]),
+        }
+    }
+}
+
+fn internal() -> ErrorBody {
+    ErrorBody::new(
+        ErrorKind::Internal,
+        "the node manager failed and recorded nothing; its log says why",
+    )
+}
+
+fn stranger(uid: u32) -> ErrorBody {
+    ErrorBody::new(
+        ErrorKind::Forbidden,
+        format!("uid {uid} is no service of this node"),
+    )
+    .allowed("users that the node manager's configuration lists in [services]")
+}
+
+fn key_reused(key: &str) -> ErrorBody {
+    ErrorBody {
+        kind: ErrorKind::KeyReused,
+        message: format!("idempotency key {key:?} was used with another request"),
+        attribute: Some("idempotency-key".to_owned()),
+        value: Some(key.to_owned()),
+        allowed: Some("a new key for each new request".to_owned()),
+    }
+}

@@ -1,0 +1,317 @@
+//! Puts the node manager together and runs it until it is told to end.
+
+use std::fs;
+use std::io;
+use std::net::IpAddr;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use mandoline_rspec::Rspec;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::watch;
+use tokio::time::MissedTickBehavior;
+
+use crate::config::{Config, ConfigError};
+use crate::core::{Core, unix_ns};
+use crate::http::{self, Channel};
+use crate::kvm::Kvm;
+use crate::net::{NetError, Network};
+use crate::ops::Rules;
+use crate::owner::{self, ScriptError};
+use crate::secret::{Secret, SecretError};
+use crate::store::{Store, StoreError};
+use crate::vm_type::{Failure, Registry};
+use crate::{accounts, capacity};
+
+/// How often what is recorded is compared with what is there.
+const RECONCILE: Duration = Duration::from_secs(30);
+/// How often time bounds and logs are looked at.
+const TICK: Duration = Duration::from_secs(5);
+
+/// Why the node manager does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The node's secret.
+    #[error(transparent)]
+    Secret(#[from] SecretError),
+    /// The state file.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The owner's script.
+    #[error(transparent)]
+    Script(#[from] ScriptError),
+    /// The network.
+    #[error("network: {0}")]
+    Network(#[from] NetError),
+    /// A backend.
+    #[error("backend: {0}")]
+    Backend(#[from] Failure),
+    /// Somebody listens on a socket already.
+    #[error("{}: another program listens there; is a node manager running already?", path.display())]
+    InUse {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// A directory or socket.
+    #[error("{}: {source}", path.display())]
+    File {
+        /// The path.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// Not root.
+    #[error("the node manager must run as root: it makes virtual machines, network interfaces and cgroups")]
+    NotRoot,
+}
+
+/// Opens state and secret, and makes the core with the given backends.
+pub fn open_core(
+    config: &Config,
+    node: Rspec,
+    registry: Registry,
+    max_slivers: u16,
+) -> Result<Arc<Core>, StartError> {
+    let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
+    let mut vm_types: std::collections::BTreeMap<String, String> = registry
+        .iter()
+        .map(|b| (b.name().to_owned(), b.name().to_owned()))
+        .collect();
+    vm_types.extend(config.vm_type_names.clone());
+    let rules = Rules {
+        default_authority: config.default_authority.clone(),
+        local_names: config.local_names.clone(),
+        services: config.services(&passwd),
+        vm_types,
+        overbook: config.overbook(),
+        max_slivers,
+    };
+    let secret = Secret::open(&config.state_dir.join("secret"))?;
+    let (store, loaded) = Store::open(&config.state_dir.join("nodemgr.redb"), node, unix_ns())?;
+    Ok(Arc::new(Core::new(rules, registry, secret, store, loaded)))
+}
+
+/// Makes the directories that the node manager needs.
+pub fn make_directories(config: &Config) -> Result<(), StartError> {
+    for (path, mode) in [
+        (&config.state_dir, 0o711),
+        (&config.run_dir, 0o711),
+        (&config.log_dir, 0o755),
+    ] {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(mode)
+            .create(path)
+            .map_err(|source| StartError::File {
+                path: path.clone(),
+                source,
+            })?;
+    }
+    Ok(())
+}
+
+/// Applies the owner's script. A script that cannot be read or fulfilled changes nothing and is loud: slivers
+/// that run are not to suffer from an owner's typing error.
+pub fn apply_script(core: &Core, path: &Path) {
+    match owner::read(path, &core.rules) {
+        Ok(None) => tracing::info!(script = %path.display(), "no owner's script"),
+        Ok(Some(entries)) => match core.apply_script(&entries) {
+            Ok(()) => {
+                tracing::info!(script = %path.display(), pools = entries.len(), "owner's script applied")
+            }
+            Err(error) => {
+                tracing::error!(script = %path.display(), %error, "owner's script not applied: nothing changed")
+            }
+        },
+        Err(error) => tracing::error!(%error, "owner's script not applied: nothing changed"),
+    }
+}
+
+/// Runs the daemon until `stop` turns true.
+pub async fn run(config: Config, stop: watch::Receiver<bool>) -> Result<(), StartError> {
+    if !rustix::process::geteuid().is_root() {
+        return Err(StartError::NotRoot);
+    }
+    make_directories(&config)?;
+    // Sockets first: a second node manager must not touch what the first one runs.
+    let sockets = Sockets::bind(&config.run_dir).await?;
+    let node = capacity::of_node(&config, &config.state_dir)?;
+    let network = Network::start(config.network()?).await?;
+    let max_slivers = network.plan().capacity().saturating_sub(1);
+    let directories = [config.state_dir.as_path(), &config.run_dir, &config.log_dir];
+    let dns = name_servers(&config);
+    let kvm = Arc::new(Kvm::new(
+        config.kvm.clone(),
+        network,
+        directories,
+        dns,
+        config.network.mtu,
+    ));
+    let mut registry = Registry::default();
+    registry.add(Arc::clone(&kvm) as _);
+    let core = open_core(&config, node, registry, max_slivers)?;
+    for backend in core.registry.iter() {
+        let info = backend.info();
+        match info.detail {
+            None => tracing::info!(vm_type = info.name, "available"),
+            Some(detail) => tracing::error!(vm_type = info.name, detail, "not available"),
+        }
+    }
+    apply_script(&core, &config.owner_script);
+    kvm.reconcile_network(&core.specs()).await?;
+    for vm_id in core.recorded() {
+        core.wake(vm_id, None);
+    }
+    let tasks = [
+        tokio::spawn(keep_accounts(Arc::clone(&core), config.accounts.clone())),
+        tokio::spawn(reconcile(Arc::clone(&core))),
+        tokio::spawn(tick(Arc::clone(&core), Arc::clone(&kvm))),
+    ];
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), run_dir = %config.run_dir.display(), "ready");
+    let result = serve(Arc::clone(&core), sockets, stop).await;
+    for task in tasks {
+        task.abort();
+    }
+    // Slivers go on: their monitors are not ours to end.
+    result
+}
+
+/// The two sockets, bound.
+pub struct Sockets {
+    owner: (PathBuf, UnixListener),
+    service: (PathBuf, UnixListener),
+}
+
+impl Sockets {
+    /// Binds `owner.sock` (mode 0600) and `nm.sock` (open to all local users: who they are is checked).
+    pub async fn bind(run_dir: &Path) -> Result<Self, StartError> {
+        Ok(Self {
+            owner: bind(run_dir.join("owner.sock"), 0o600).await?,
+            service: bind(run_dir.join("nm.sock"), 0o666).await?,
+        })
+    }
+}
+
+async fn bind(path: PathBuf, mode: u32) -> Result<(PathBuf, UnixListener), StartError> {
+    if UnixStream::connect(&path).await.is_ok() {
+        return Err(StartError::InUse { path });
+    }
+    let file = |source| StartError::File {
+        path: path.clone(),
+        source,
+    };
+    // Bound beside its place and moved there when its mode is right, so that nobody slips in before.
+    let temporary = path.with_extension("new");
+    let _ = fs::remove_file(&temporary);
+    let listener = UnixListener::bind(&temporary).map_err(file)?;
+    fs::set_permissions(&temporary, fs::Permissions::from_mode(mode)).map_err(file)?;
+    fs::rename(&temporary, &path).map_err(file)?;
+    Ok((path, listener))
+}
+
+/// Serves both sockets until `stop` turns true, then removes them.
+pub async fn serve(core: Arc<Core>, sockets: Sockets, stop: watch::Receiver<bool>) -> Result<(), StartError> {
+    let Sockets { owner, service } = sockets;
+    let until = |mut stop: watch::Receiver<bool>| async move {
+        let _ = stop.wait_for(|stop| *stop).await;
+    };
+    let serve = |listener, channel| http::serve(Arc::clone(&core), listener, channel, until(stop.clone()));
+    let work = async {
+        tokio::try_join!(serve(owner.1, Channel::Owner), serve(service.1, Channel::Service)).map(|_| ())
+    };
+    // Event streams would hold a graceful end up for ever.
+    let grace = async {
+        until(stop.clone()).await;
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        Ok(())
+    };
+    let result = tokio::select! { result = work => result, result = grace => result };
+    for path in [&owner.0, &service.0] {
+        let _ = fs::remove_file(path);
+    }
+    result.map_err(|source| StartError::File {
+        path: owner.0,
+        source,
+    })
+}
+
+/// Destroys what is on the node and not recorded, now and every while.
+async fn reconcile(core: Arc<Core>) {
+    let mut interval = tokio::time::interval(RECONCILE);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        interval.tick().await;
+        reconcile_once(&core).await;
+    }
+}
+
+/// Destroys what is on the node and not recorded.
+pub async fn reconcile_once(core: &Arc<Core>) {
+    for backend in core.registry.iter() {
+        // What is there is listed before what is recorded: a sliver is recorded before anything of it is made,
+        // and its id is never used again.
+        let present = match backend.present().await {
+            Ok(present) => present,
+            Err(failure) => {
+                tracing::error!(vm_type = backend.name(), %failure, "cannot see what is on the node");
+                continue;
+            }
+        };
+        for vm_id in present {
+            if core.sliver(vm_id).is_some() {
+                continue;
+            }
+            tracing::warn!(
+                vm_id,
+                vm_type = backend.name(),
+                "not recorded; destroying what is left of it"
+            );
+            if let Err(failure) = backend.destroy(vm_id, None).await {
+                tracing::error!(vm_id, %failure, "not destroyed; trying again later");
+            }
+        }
+    }
+}
+
+async fn tick(core: Arc<Core>, kvm: Arc<Kvm>) {
+    let mut interval = tokio::time::interval(TICK);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        interval.tick().await;
+        core.expire().await;
+        let kvm = Arc::clone(&kvm);
+        let _ = tokio::task::spawn_blocking(move || kvm.bound_logs()).await;
+    }
+}
+
+/// Writes the node's accounts whenever slivers come or go.
+async fn keep_accounts(core: Arc<Core>, config: crate::config::AccountsConfig) {
+    loop {
+        let (specs, settings) = (core.specs(), config.clone());
+        match tokio::task::spawn_blocking(move || accounts::write(&settings, &specs)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::error!(directory = %config.directory.display(), %error, "accounts not written: no ssh through the node")
+            }
+            Err(error) => tracing::error!(%error, "accounts not written"),
+        }
+        core.accounts_bell.notified().await;
+    }
+}
+
+/// The slivers' name servers: as configured, or the node's own, except those on its loopback.
+fn name_servers(config: &Config) -> Vec<IpAddr> {
+    if !config.network.dns.is_empty() {
+        return config.network.dns.clone();
+    }
+    let text = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    let servers = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("nameserver")?.trim().parse::<IpAddr>().ok());
+    servers.filter(|address| !address.is_loopback()).take(3).collect()
+}

@@ -1,0 +1,419 @@
+//! What the backend does on the host: files, sockets, cgroups, processes. All of it blocks, so all of it runs
+//! on blocking threads.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::time::Duration;
+
+use mandoline_api::monitor::VmConfig;
+use mandoline_api::nodemgr::VmId;
+use mandoline_limits::cgroup::{Cgroup, CpuMax, CpuShare, MemoryLimits};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use rustix::process::{WaitId, WaitIdOptions};
+
+use super::config::{KvmConfig, Places};
+use super::monitor::{self, Handover, KEPT_FD, Launch, Passed};
+use super::{boot, disk};
+use crate::vm_type::{Failure, Reports, Stats};
+
+/// Limits of a sliver's cgroup.
+#[derive(Debug, Clone)]
+pub(super) struct Limits {
+    pub(super) cpu_share: CpuShare,
+    pub(super) cpu_max: Option<CpuMax>,
+    pub(super) memory: MemoryLimits,
+    pub(super) pids_max: u32,
+}
+
+impl Limits {
+    fn apply(&self, cgroup: &Cgroup) -> mandoline_limits::Result<()> {
+        cgroup.set_cpu_share(self.cpu_share)?;
+        cgroup.set_cpu_max(self.cpu_max)?;
+        cgroup.set_memory(&self.memory)?;
+        cgroup.set_pids_max(self.pids_max)
+    }
+
+    /// Changes what can change while the VM runs. Its memory is what it was booted with, so its bound may
+    /// grow but not shrink.
+    pub(super) fn apply_live(&self, path: &Path) -> Result<(), Failure> {
+        let limits = |e: mandoline_limits::Error| Failure::retryable(e.to_string());
+        let cgroup = Cgroup::open(path).map_err(limits)?;
+        cgroup.set_cpu_share(self.cpu_share).map_err(limits)?;
+        cgroup.set_cpu_max(self.cpu_max).map_err(limits)?;
+        let now = cgroup
+            .read("memory.max")
+            .map_err(limits)?
+            .trim()
+            .parse::<u64>()
+            .ok();
+        let max = self.memory.max.filter(|max| now.is_some_and(|now| *max > now));
+        let memory = MemoryLimits { max, ..self.memory };
+        cgroup.set_memory(&memory).map_err(limits)
+    }
+}
+
+/// Whether slivers can run here; if not, what is missing.
+pub(super) fn check(config: &KvmConfig) -> Result<(), String> {
+    if let Err(error) = OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+        return Err(format!(
+            "/dev/kvm: {error}. Allowed: a machine with VT-x or AMD-V (or nested virtualisation) and the kvm \
+             module loaded"
+        ));
+    }
+    let files = [
+        ("the monitor", &config.monitor),
+        ("the slivers' kernel", &config.kernel),
+        ("the slivers' root image", &config.root),
+        ("the maker of disks", &config.make_disk),
+    ];
+    for (what, path) in files {
+        if let Err(error) = fs::metadata(path) {
+            return Err(format!("{what} {}: {error}", path.display()));
+        }
+    }
+    if !config.cgroup_root.join("cgroup.controllers").exists() {
+        return Err(format!(
+            "no cgroup v2 is mounted on {}",
+            config.cgroup_root.display()
+        ));
+    }
+    Ok(())
+}
+
+/// All that a start needs.
+pub(super) struct Start {
+    pub(super) config: KvmConfig,
+    pub(super) places: Places,
+    pub(super) vm: VmConfig,
+    pub(super) vm_id: VmId,
+    pub(super) uid: u32,
+    pub(super) limits: Limits,
+    pub(super) tap: OwnedFd,
+    pub(super) reports: Reports,
+}
+
+impl Start {
+    /// Makes the cgroup, opens what the monitor gets, and starts it. Gives its process and our end of the
+    /// socket on which the guest's outward streams come.
+    pub(super) fn run(self) -> Result<(OwnedFd, OwnedFd), Failure> {
+        let vm_id = self.vm_id;
+        let name = self.config.cgroup.join(vm_id.to_string());
+        let cgroup = Cgroup::create(&self.config.cgroup_root, &name)
+            .and_then(|cgroup| self.limits.apply(&cgroup).map(|()| cgroup))
+            .map_err(|e| Failure::retryable(e.to_string()))?;
+        self.reports.phase("cgroup");
+
+        let run = self.places.run(vm_id);
+        make_dir(&run)?;
+        let logs = self.places.logs(vm_id);
+        make_dir(&logs)?;
+        let disk = self.places.disk(vm_id);
+        let read = |path: &Path| File::open(path).map_err(|e| open_error(path, &e));
+        let write = |path: &Path| {
+            OpenOptions::new()
+                .read(true)
+                .write(true)
+                .open(path)
+                .map_err(|e| open_error(path, &e))
+        };
+        let append = |path: &Path| {
+            let options = OpenOptions::new()
+                .append(true)
+                .create(true)
+                .mode(0o600)
+                .open(path);
+            options.map_err(|e| open_error(path, &e))
+        };
+        let kvm = write(Path::new("/dev/kvm"))?;
+        let kernel = read(&self.config.kernel)?;
+        let root = read(&self.config.root)?;
+        let disk = write(&disk)?;
+        let log = append(&logs.join("monitor.log"))?;
+        let serial = append(&logs.join("console"))?;
+        let state = append(&self.places.state(vm_id))?;
+        let vsock = listen(&self.places.vsock(vm_id))?;
+        let api = listen(&self.places.api(vm_id))?;
+        let config = boot::sealed(&self.vm)
+            .map_err(|e| Failure::retryable(format!("configuration of the monitor: {e}")))?;
+        let (ours, theirs) = rustix::net::socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .map_err(|e| Failure::retryable(format!("socket for outward streams: {e}")))?;
+
+        // Written before the start: whoever finds the monitor later finds this.
+        let handover = Handover {
+            kept_fd: ours.as_raw_fd(),
+        };
+        let path = self.places.handover(vm_id);
+        let text = serde_json::to_vec(&handover).map_err(|e| Failure::fatal(e.to_string()))?;
+        fs::write(&path, text).map_err(|e| open_error(&path, &e))?;
+
+        let passed = vec![
+            Passed {
+                name: "kvm",
+                fd: kvm.as_fd(),
+            },
+            Passed {
+                name: "kernel",
+                fd: kernel.as_fd(),
+            },
+            Passed {
+                name: "root",
+                fd: root.as_fd(),
+            },
+            Passed {
+                name: "disk",
+                fd: disk.as_fd(),
+            },
+            Passed {
+                name: "log",
+                fd: log.as_fd(),
+            },
+            Passed {
+                name: "serial",
+                fd: serial.as_fd(),
+            },
+            Passed {
+                name: "state",
+                fd: state.as_fd(),
+            },
+            Passed {
+                name: "vsock",
+                fd: vsock.as_fd(),
+            },
+            Passed {
+                name: "api",
+                fd: api.as_fd(),
+            },
+            Passed {
+                name: "config",
+                fd: config.as_fd(),
+            },
+            Passed {
+                name: "tap0",
+                fd: self.tap.as_fd(),
+            },
+            Passed {
+                name: mandoline_api::monitor::VSOCK_OUT_FD,
+                fd: theirs.as_fd(),
+            },
+            Passed {
+                name: KEPT_FD,
+                fd: ours.as_fd(),
+            },
+        ];
+        let pidfd = monitor::launch(Launch {
+            program: &self.config.monitor,
+            arguments: boot::arguments(vm_id, self.uid),
+            passed,
+            cgroup: cgroup.path(),
+            log: log
+                .try_clone()
+                .map_err(|e| Failure::retryable(format!("log: {e}")))?,
+        })?;
+        self.reports.phase("monitor");
+        Ok((pidfd, ours))
+    }
+}
+
+fn listen(path: &Path) -> Result<UnixListener, Failure> {
+    let _ = fs::remove_file(path);
+    let listener = UnixListener::bind(path).map_err(|e| open_error(path, &e))?;
+    // The directory is root's alone; the mode is a second fence.
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+    fs::set_permissions(path, mode).map_err(|e| open_error(path, &e))?;
+    Ok(listener)
+}
+
+fn make_dir(path: &Path) -> Result<(), Failure> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(|e| open_error(path, &e))
+}
+
+fn open_error(path: &Path, error: &io::Error) -> Failure {
+    let reason = format!("{}: {error}", path.display());
+    match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied => Failure::fatal(reason),
+        _ => Failure::retryable(reason),
+    }
+}
+
+/// Kills what runs of a sliver and removes cgroup and run directory. Nothing of it need be there.
+pub(super) fn clear(places: &Places, vm_id: VmId, timeout: Duration) -> Result<(), Failure> {
+    let path = places.cgroup(vm_id);
+    if path.exists() {
+        let removed = Cgroup::open(&path).and_then(|cgroup| cgroup.remove(timeout));
+        if let Err(error) = removed
+            && path.exists()
+        {
+            return Err(Failure::retryable(format!("sliver {vm_id} is not gone: {error}")));
+        }
+    }
+    remove_dir(&places.run(vm_id))
+}
+
+/// Removes what outlasts a stop: disk and logs.
+pub(super) fn destroy(places: &Places, vm_id: VmId) -> Result<(), Failure> {
+    disk::remove(&places.disk(vm_id))?;
+    remove_dir(&places.logs(vm_id))
+}
+
+fn remove_dir(path: &Path) -> Result<(), Failure> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Failure::retryable(format!(
+            "cannot remove {}: {error}",
+            path.display()
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Reaps a monitor that has ended, if it is our child.
+pub(super) fn reap(pidfd: &OwnedFd) {
+    // Not our child (adopted), or reaped already: both fine.
+    let _ = rustix::process::waitid(
+        WaitId::PidFd(pidfd.as_fd()),
+        WaitIdOptions::EXITED | WaitIdOptions::NOHANG,
+    );
+}
+
+/// The monitor that runs in a cgroup, and our end of its outward socket where it can be had.
+pub(super) fn adopt(cgroup: &Path, handover: &Path) -> Result<Option<(OwnedFd, Option<OwnedFd>)>, Failure> {
+    let found = monitor::find(cgroup)
+        .map_err(|e| Failure::retryable(format!("processes of {}: {e}", cgroup.display())))?;
+    let Some(pidfd) = found else { return Ok(None) };
+    let kept = fs::read(handover)
+        .ok()
+        .and_then(|text| serde_json::from_slice::<Handover>(&text).ok())
+        .ok_or_else(|| io::Error::other("no handover file"))
+        .and_then(|handover| monitor::fetch_kept(pidfd.as_fd(), &handover));
+    let outward = match kept {
+        Ok(fd) => Some(fd),
+        Err(error) => {
+            // The sliver goes on; only what it tells by itself is not heard until it is started again.
+            tracing::warn!(cgroup = %cgroup.display(), %error, "outward streams of an adopted sliver are lost");
+            None
+        }
+    };
+    Ok(Some((pidfd, outward)))
+}
+
+/// What a sliver uses.
+pub(super) fn stats(cgroup: &Path, disk: &Path) -> Result<Stats, Failure> {
+    let limits = |e: mandoline_limits::Error| Failure::retryable(e.to_string());
+    let cgroup = Cgroup::open(cgroup).map_err(limits)?;
+    Ok(Stats {
+        cpu_us: cgroup.cpu_stats().map_err(limits)?.usage_us,
+        memory: cgroup.memory_current().map_err(limits)?,
+        disk: disk::allocated(disk),
+    })
+}
+
+/// The ids of all slivers of which there is anything.
+pub(super) fn present(places: &Places) -> BTreeSet<VmId> {
+    let mut found = BTreeSet::new();
+    for directory in [&places.disks, &places.run, &places.logs, &places.cgroups] {
+        let Ok(entries) = fs::read_dir(directory) else {
+            continue;
+        };
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            let Some(name) = name.to_str() else { continue };
+            let stem = name
+                .strip_suffix(".img")
+                .or_else(|| name.strip_suffix(".new"))
+                .unwrap_or(name);
+            found.extend(stem.parse::<VmId>());
+        }
+    }
+    found
+}
+
+/// Cuts logs that have grown beyond `most` bytes: their last quarter is kept. The monitors append, so they
+/// go on at the new end.
+pub(super) fn bound_logs(logs: &Path, most: u64) {
+    let Ok(slivers) = fs::read_dir(logs) else { return };
+    for sliver in slivers.flatten() {
+        let Ok(files) = fs::read_dir(sliver.path()) else {
+            continue;
+        };
+        for file in files.flatten() {
+            if file
+                .metadata()
+                .is_ok_and(|meta| meta.is_file() && meta.len() > most)
+                && let Err(error) = cut(&file.path(), most / 4)
+            {
+                tracing::warn!(file = %file.path().display(), %error, "log not cut");
+            }
+        }
+    }
+}
+
+fn cut(path: &Path, keep: u64) -> io::Result<()> {
+    let mut file = OpenOptions::new().read(true).write(true).open(path)?;
+    let length = file.metadata()?.len();
+    file.seek(SeekFrom::Start(length.saturating_sub(keep)))?;
+    let mut end = Vec::new();
+    Read::by_ref(&mut file).take(keep).read_to_end(&mut end)?;
+    file.set_len(0)?;
+    file.seek(SeekFrom::Start(0))?;
+    file.write_all(b"[earlier part cut]\n")?;
+    file.write_all(&end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn logs_keep_their_end() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("7")).unwrap();
+        let path = dir.path().join("7/console");
+        let mut appender = OpenOptions::new().append(true).create(true).open(&path).unwrap();
+        appender.write_all(&vec![b'x'; 5000]).unwrap();
+        appender.write_all(b"the end").unwrap();
+        bound_logs(dir.path(), 4096);
+        appender.write_all(b" and on").unwrap();
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(
+            text.len() < 1100 && text.ends_with("the end and on"),
+            "{} bytes",
+            text.len()
+        );
+    }
+
+    #[test]
+    fn anything_of_a_sliver_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = KvmConfig {
+            cgroup_root: dir.path().into(),
+            ..KvmConfig::default()
+        };
+        let places = Places::new(dir.path(), dir.path(), &dir.path().join("log"), &config);
+        for path in [
+            places.disk(1),
+            places.disk(2).with_extension("new"),
+            places.disks.join("README"),
+        ] {
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "").unwrap();
+        }
+        fs::create_dir_all(places.run(3)).unwrap();
+        fs::create_dir_all(places.cgroup(4)).unwrap();
+        assert_eq!(present(&places), BTreeSet::from([1, 2, 3, 4]));
+        destroy(&places, 2).unwrap();
+        assert_eq!(present(&places), BTreeSet::from([1, 3, 4]));
+    }
+}

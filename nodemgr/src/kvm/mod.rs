@@ -1,0 +1,501 @@
+//! The `kvm-microvm` backend: one monitor process, one tap, one cgroup, one disk for each sliver.
+//!
+//! ```text
+//!  create   disk (sparse copy of a template) ───────────────── durable
+//!  start    tap + class + filter  ┐
+//!           cgroup + limits       ├─► monitor (descriptors only) ─► watch
+//!           sockets, files        ┘                                   │
+//!                         Event::Up (guest opens port 1024) ◄─────────┤
+//!                              │ join: entropy, identity, keys        │
+//!                              ▼                                      ▼
+//!                          reachable                           exit: state file, reason
+//! ```
+
+mod agent;
+mod boot;
+mod config;
+mod disk;
+mod host;
+mod monitor;
+mod session;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use mandoline_api::agent::{Request, SetKeysReply, ShutdownMode, ShutdownReply};
+use mandoline_api::nodemgr::{VmId, VmTypeInfo};
+use mandoline_limits::Rate;
+use mandoline_limits::cgroup::{CpuMax, CpuShare, MemoryLimits};
+use mandoline_rspec::{CPU_SHARES, KVM_MICROVM, Rspec};
+use tokio::io::unix::AsyncFd;
+use tokio::net::UnixStream;
+use tokio::task::JoinHandle;
+
+pub use config::KvmConfig;
+
+use crate::net::{Bandwidth, Network, SliverNet};
+use crate::vm_type::{Failure, Reports, SliverSpec, Stats, VmType, Work};
+use config::Places;
+
+/// How long a killed monitor may take to be gone: closing a VM takes up to 70 ms, emulated and loaded more.
+const KILL_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// What can be done to a VM of ours.
+const CAPABILITIES: [&str; 8] = [
+    "pause",
+    "channel",
+    "resize:cpu_share",
+    "resize:base_rate",
+    "resize:burst_rate",
+    "resize:mem_reserve",
+    "resize:keys",
+    "stats",
+];
+
+/// A VM that runs.
+struct Vm {
+    pidfd: Arc<AsyncFd<OwnedFd>>,
+    session: JoinHandle<()>,
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.session.abort();
+    }
+}
+
+/// The backend.
+pub struct Kvm {
+    config: KvmConfig,
+    places: Places,
+    network: Network,
+    dns: Vec<IpAddr>,
+    mtu: u32,
+    running: Mutex<BTreeMap<VmId, Vm>>,
+    /// Held while a template is made.
+    templates: tokio::sync::Mutex<()>,
+}
+
+impl Kvm {
+    /// The backend over a network that is set up.
+    pub fn new(
+        config: KvmConfig,
+        network: Network,
+        directories: [&Path; 3],
+        dns: Vec<IpAddr>,
+        mtu: u32,
+    ) -> Self {
+        let [state_dir, run_dir, log_dir] = directories;
+        let places = Places::new(state_dir, run_dir, log_dir, &config);
+        let templates = tokio::sync::Mutex::new(());
+        Self {
+            config,
+            places,
+            network,
+            dns,
+            mtu,
+            running: Mutex::new(BTreeMap::new()),
+            templates,
+        }
+    }
+
+    /// Brings the network's tables to what is recorded, before anything is started: what an earlier node
+    /// manager left behind goes, what living slivers need is put right.
+    pub async fn reconcile_network(&self, recorded: &[SliverSpec]) -> Result<(), Failure> {
+        let slivers = recorded
+            .iter()
+            .map(|spec| self.net(spec))
+            .collect::<Result<Vec<_>, _>>()?;
+        let found = self
+            .network
+            .reconcile(slivers)
+            .await
+            .map_err(|e| Failure::retryable(e.to_string()))?;
+        tracing::info!(?found, "network reconciled");
+        Ok(())
+    }
+
+    /// Keeps logs and consoles of slivers from growing without end.
+    pub fn bound_logs(&self) {
+        host::bound_logs(&self.places.logs, self.config.log_kib << 10);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<VmId, Vm>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn net(&self, sliver: &SliverSpec) -> Result<SliverNet, Failure> {
+        let bandwidth = bandwidth(&sliver.rspec)?;
+        self.network
+            .plan()
+            .sliver(sliver.index, sliver.vm_id, bandwidth)
+            .map_err(|e| Failure::fatal(e.to_string()))
+    }
+
+    /// Starts watching a monitor: its end is reported, its streams are taken, its guest is joined.
+    fn watch(
+        self: &Kvm,
+        sliver: &SliverSpec,
+        pidfd: OwnedFd,
+        outward: Option<OwnedFd>,
+        adopted: bool,
+        reports: &Reports,
+    ) -> Result<(), Failure> {
+        let watch = |e| Failure::retryable(format!("the monitor cannot be watched: {e}"));
+        let pidfd = Arc::new(monitor::watch(pidfd).map_err(watch)?);
+        let outward = outward
+            .map(monitor::watch)
+            .transpose()
+            .map_err(watch)?;
+        let session = session::Session {
+            vsock: self.places.vsock(sliver.vm_id),
+            state: self.places.state(sliver.vm_id),
+            join: self.join(sliver)?,
+            pidfd: Arc::clone(&pidfd),
+            outward,
+            adopted,
+            boot_timeout: Duration::from_secs(self.config.boot_timeout_s),
+            join_timeout: Duration::from_secs(self.config.join_timeout_s),
+            reports: reports.clone(),
+        };
+        let session = tokio::spawn(session.run());
+        self.lock().insert(
+            sliver.vm_id,
+            Vm { pidfd, session },
+        );
+        Ok(())
+    }
+
+    fn join(&self, sliver: &SliverSpec) -> Result<session::Identity, Failure> {
+        let net = self.net(sliver)?;
+        Ok(session::Identity {
+            slice: sliver.slice.to_string(),
+            hostname: host_name(&sliver.account),
+            net,
+            gateway: self.network.plan().gateway(),
+            mtu: self.mtu,
+            dns: self.dns.clone(),
+            keys: sliver.rspec.keys().to_vec(),
+            initscript: sliver.rspec.text("initscript").map(str::to_owned),
+        })
+    }
+
+    async fn make_disk(&self, sliver: &SliverSpec) -> Result<(), Failure> {
+        for label in ["image", "kernel"] {
+            if let Some(name) = sliver.rspec.text(label).filter(|name| *name != "base") {
+                return Err(Failure::fatal(format!(
+                    "{label} {name} is not on this node; allowed: base, or none"
+                )));
+            }
+        }
+        let disk = self.places.disk(sliver.vm_id);
+        let bytes = disk::size_of(sliver.rspec.number("disk_quota").unwrap_or(0));
+        let templates = self.places.templates.clone();
+        let program = self.config.make_disk.clone();
+        let template = {
+            let _one_at_a_time = self.templates.lock().await;
+            blocking(move || disk::make_template(&templates, &program, bytes)).await?
+        };
+        blocking(move || disk::make(&template, &disk)).await
+    }
+
+    async fn launch(&self, sliver: &SliverSpec, reports: &Reports) -> Result<(), Failure> {
+        // What an earlier run has left would be in the way.
+        self.clear(sliver.vm_id, Some(sliver.index)).await?;
+        let net = self.net(sliver)?;
+        let limits = self.limits(&sliver.rspec)?;
+        let tap = self
+            .network
+            .add_sliver(net.clone())
+            .await
+            .map_err(|e| Failure::retryable(e.to_string()))?;
+        reports.phase("network");
+        let started = host::Start {
+            config: self.config.clone(),
+            places: self.places.clone(),
+            vm: boot::config(&self.config, &sliver.rspec, &net),
+            vm_id: sliver.vm_id,
+            uid: self.config.first_uid + u32::from(sliver.index),
+            limits,
+            tap,
+            reports: reports.clone(),
+        };
+        let (pidfd, outward) = blocking(move || started.run()).await?;
+        self.watch(sliver, pidfd, Some(outward), false, reports)
+    }
+
+    fn limits(&self, rspec: &Rspec) -> Result<host::Limits, Failure> {
+        let fatal = |e: mandoline_limits::Error| Failure::fatal(e.to_string());
+        let share = rspec.number("cpu_share").unwrap_or(1).clamp(1, 1000) as u32;
+        let guarantee = rspec.number("cpu_guarantee").unwrap_or(0);
+        let cpu_max = match rspec.flag("cpu_capped") {
+            true => {
+                let cpus = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
+                // Of 1000 for the whole node; the kernel counts one processor as 1000.
+                let thousandths = guarantee.saturating_mul(cpus).min(CPU_SHARES * cpus);
+                Some(CpuMax::of_one_cpu(u32::try_from(thousandths).unwrap_or(u32::MAX)).map_err(fatal)?)
+            }
+            false => None,
+        };
+        let memory = rspec.number("mem_limit").unwrap_or(0);
+        Ok(host::Limits {
+            cpu_share: CpuShare::new(share).map_err(fatal)?,
+            cpu_max,
+            memory: MemoryLimits {
+                max: Some(memory.saturating_add(self.config.overhead_mib << 20)),
+                min: Some(rspec.number("mem_reserve").unwrap_or(0).min(memory)),
+                oom_group: Some(true),
+                ..MemoryLimits::default()
+            },
+            pids_max: 32 + rspec.number("vcpus").unwrap_or(1) as u32,
+        })
+    }
+
+    /// Ends what runs of a sliver and takes away what only a running VM needs.
+    async fn clear(&self, vm_id: VmId, index: Option<u16>) -> Result<(), Failure> {
+        let vm = self.lock().remove(&vm_id);
+        let places = self.places.clone();
+        blocking(move || host::clear(&places, vm_id, KILL_TIMEOUT)).await?;
+        if let Some(vm) = vm {
+            // The kernel says that the cgroup is empty: the monitor has ended and wants reaping.
+            host::reap(vm.pidfd.get_ref());
+        }
+        if let Some(index) = index {
+            self.network
+                .remove_sliver(index, vm_id)
+                .await
+                .map_err(|e| Failure::retryable(format!("network of sliver {vm_id}: {e}")))?;
+        }
+        Ok(())
+    }
+
+    /// Asks the sliver's own system to stop, and waits for it.
+    async fn shut_down(&self, vm_id: VmId, grace: Duration) {
+        let Some(pidfd) = self.lock().get(&vm_id).map(|vm| Arc::clone(&vm.pidfd)) else {
+            return;
+        };
+        let half = u32::try_from(grace.as_millis() / 2).unwrap_or(u32::MAX);
+        let request = Request::Shutdown {
+            mode: ShutdownMode::Poweroff,
+            grace_ms: Some(half),
+        };
+        let socket = self.places.vsock(vm_id);
+        let work = async {
+            agent::ask::<ShutdownReply>(&socket, &request).await?;
+            Ok::<_, agent::AgentError>(monitor::wait(&pidfd, &self.places.state(vm_id)).await)
+        };
+        match tokio::time::timeout(grace, work).await {
+            Ok(Ok(exit)) => tracing::debug!(vm_id, ?exit, "shut down"),
+            Ok(Err(error)) => tracing::info!(vm_id, %error, "no orderly shutdown"),
+            Err(_) => tracing::info!(vm_id, ?grace, "did not shut down in time"),
+        }
+    }
+
+    async fn control(&self, vm_id: VmId, state: &'static str) -> Result<(), Failure> {
+        let client = mandoline_api::unix::Client::new(self.places.api(vm_id));
+        let body = serde_json::json!({ "state": state });
+        let answer = client
+            .request(hyper::Method::PATCH, "/vm", Some(&body), &[])
+            .await;
+        match answer {
+            Ok(answer) if answer.status < 300 => Ok(()),
+            Ok(answer) => Err(Failure::retryable(format!(
+                "the monitor refuses {state} with {}: {}",
+                answer.status,
+                String::from_utf8_lossy(&answer.body)
+            ))),
+            Err(error) => Err(Failure::retryable(error.to_string())),
+        }
+    }
+}
+
+impl VmType for Kvm {
+    fn name(&self) -> &'static str {
+        KVM_MICROVM
+    }
+
+    fn info(&self) -> VmTypeInfo {
+        let detail = host::check(&self.config).err();
+        VmTypeInfo {
+            name: KVM_MICROVM.to_owned(),
+            available: detail.is_none(),
+            detail,
+            capabilities: CAPABILITIES.map(str::to_owned).into(),
+        }
+    }
+
+    fn address(&self, sliver: &SliverSpec) -> Option<IpAddr> {
+        self.net(sliver).ok().map(|net| net.address.into())
+    }
+
+    fn create<'a>(&'a self, sliver: &'a SliverSpec, reports: &'a Reports) -> Work<'a, ()> {
+        Box::pin(async move {
+            self.make_disk(sliver).await?;
+            reports.phase("disk");
+            Ok(())
+        })
+    }
+
+    fn start<'a>(&'a self, sliver: &'a SliverSpec, reports: &'a Reports) -> Work<'a, ()> {
+        Box::pin(async move {
+            host::check(&self.config).map_err(Failure::fatal)?;
+            self.launch(sliver, reports).await?;
+            if sliver.rspec.number("cpu_guarantee").unwrap_or(0) > 0 && !sliver.rspec.flag("cpu_capped") {
+                let lack = "cpu_guarantee is reserved in the pool, but this backend only weighs by cpu_share";
+                reports.tell(crate::vm_type::Report::Lacks(lack.to_owned()));
+            }
+            Ok(())
+        })
+    }
+
+    fn adopt<'a>(&'a self, sliver: &'a SliverSpec, reports: &'a Reports) -> Work<'a, bool> {
+        Box::pin(async move {
+            let cgroup = self.places.cgroup(sliver.vm_id);
+            let handover = self.places.handover(sliver.vm_id);
+            let found = blocking(move || host::adopt(&cgroup, &handover)).await?;
+            let Some((pidfd, outward)) = found else {
+                return Ok(false);
+            };
+            self.watch(sliver, pidfd, outward, true, reports)?;
+            Ok(true)
+        })
+    }
+
+    fn stop(&self, sliver: &SliverSpec, grace: Duration) -> Work<'_, ()> {
+        let (vm_id, index) = (sliver.vm_id, sliver.index);
+        Box::pin(async move {
+            if !grace.is_zero() {
+                self.shut_down(vm_id, grace).await;
+            }
+            self.clear(vm_id, Some(index)).await
+        })
+    }
+
+    fn pause(&self, vm_id: VmId) -> Work<'_, ()> {
+        Box::pin(self.control(vm_id, "Paused"))
+    }
+
+    fn resume(&self, vm_id: VmId) -> Work<'_, ()> {
+        Box::pin(self.control(vm_id, "Resumed"))
+    }
+
+    fn resize<'a>(&'a self, sliver: &'a SliverSpec) -> Work<'a, ()> {
+        Box::pin(async move {
+            let limits = self.limits(&sliver.rspec)?;
+            let cgroup = self.places.cgroup(sliver.vm_id);
+            blocking(move || limits.apply_live(&cgroup)).await?;
+            self.network
+                .set_rate(sliver.index, bandwidth(&sliver.rspec)?)
+                .await
+                .map_err(|e| Failure::retryable(e.to_string()))?;
+            let request = Request::SetKeys {
+                keys: sliver.rspec.keys().to_vec(),
+            };
+            match agent::ask::<SetKeysReply>(&self.places.vsock(sliver.vm_id), &request).await {
+                Ok(_) => Ok(()),
+                // A guest that is not joined yet gets its keys with the join.
+                Err(error) => {
+                    tracing::info!(vm_id = sliver.vm_id, %error, "keys not changed");
+                    Ok(())
+                }
+            }
+        })
+    }
+
+    fn stats(&self, vm_id: VmId) -> Work<'_, Stats> {
+        let (cgroup, disk) = (self.places.cgroup(vm_id), self.places.disk(vm_id));
+        Box::pin(blocking(move || host::stats(&cgroup, &disk)))
+    }
+
+    fn snapshot<'a>(&'a self, vm_id: VmId, _directory: &'a Path) -> Work<'a, ()> {
+        let reason = format!(
+            "sliver {vm_id}: {KVM_MICROVM} cannot snapshot; it can: {}",
+            CAPABILITIES.join(", ")
+        );
+        Box::pin(std::future::ready(Err(Failure::fatal(reason))))
+    }
+
+    fn destroy(&self, vm_id: VmId, index: Option<u16>) -> Work<'_, ()> {
+        Box::pin(async move {
+            self.clear(vm_id, index).await?;
+            let places = self.places.clone();
+            blocking(move || host::destroy(&places, vm_id)).await
+        })
+    }
+
+    fn channel(&self, vm_id: VmId, port: u32) -> Work<'_, UnixStream> {
+        Box::pin(async move {
+            let socket = self.places.vsock(vm_id);
+            agent::connect(&socket, port)
+                .await
+                .map_err(|e| Failure::retryable(e.to_string()))
+        })
+    }
+
+    fn present(&self) -> Work<'_, BTreeSet<VmId>> {
+        let places = self.places.clone();
+        Box::pin(blocking(move || Ok(host::present(&places))))
+    }
+}
+
+/// What a sliver may send: a guarantee of at least PlanetLab's 1 kbit/s, and a ceiling if it has one.
+fn bandwidth(rspec: &Rspec) -> Result<Bandwidth, Failure> {
+    let rate = |bits| Rate::from_bits_per_second(bits).map_err(|e| Failure::fatal(e.to_string()));
+    Ok(Bandwidth {
+        guarantee: rate(rspec.number("base_rate").unwrap_or(1_000).max(1_000))?,
+        peak: rspec.number("burst_rate").map(rate).transpose()?,
+    })
+}
+
+/// A host name from an account: letters, digits and hyphens, as RFC 1123 has it, at most 63 of them.
+fn host_name(account: &str) -> String {
+    let name: String = account
+        .chars()
+        .take(63)
+        .map(|c| {
+            if c.is_ascii_alphanumeric() {
+                c.to_ascii_lowercase()
+            } else {
+                '-'
+            }
+        })
+        .collect();
+    name.trim_matches('-').to_owned()
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(Failure::retryable(format!(
+            "a step of the backend failed: {error}"
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn host_names_keep_rfc_1123() {
+        assert_eq!(host_name("princeton_codeen"), "princeton-codeen");
+        assert_eq!(host_name("inria.sop_X."), "inria-sop-x");
+        assert!(host_name(&format!("a_{}", "b".repeat(80))).len() <= 63);
+    }
+
+    #[test]
+    fn a_sliver_always_has_some_bandwidth() {
+        let none = bandwidth(&Rspec::new()).unwrap();
+        assert_eq!((none.guarantee.bits_per_second(), none.peak), (1_000, None));
+        let json = serde_json::json!({"base_rate": "2 Mbit/s", "burst_rate": "10 Mbit/s"});
+        let some = bandwidth(&Rspec::from_json(&json).unwrap()).unwrap();
+        assert_eq!(some.guarantee.bits_per_second(), 2_000_000);
+        assert_eq!(some.peak.map(Rate::bits_per_second), Some(10_000_000));
+    }
+}
