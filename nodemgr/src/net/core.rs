@@ -49,7 +49,7 @@ impl Core {
         let last = plan.first_port() - 1;
         sysctl::set(
             "ipv4/ip_local_port_range",
-            &format!("{} {last}", (last / 2).max(1024)),
+            &format!("{} {last}", (last / 2 + 1).max(1024)),
         )?;
         // Last: nothing is forwarded before the rules are there.
         sysctl::set("ipv4/ip_forward", "1")?;
@@ -122,16 +122,15 @@ impl Core {
     /// Removes a sliver's traces and ends its flows.
     pub fn remove_sliver(&mut self, index: u16, mark: u32) -> Result<()> {
         let tap = tap_name(index);
-        let tables = self.read_tables()?;
-        let address = tables.address_of(&tap);
-        let changes = tables.removals(&tap, address);
-        self.filter.commit(&changes)?;
-        let mut requests = Vec::new();
-        if let (Some(device), Some(address)) = (self.route.link(&tap)?, address) {
-            requests.push(link::delete_route(address, device.index));
+        // A monitor that still holds the tap falls silent before the checks on it go. The route
+        // goes with this, or went with the tap.
+        if let Some(device) = self.route.link(&tap)? {
+            self.route.execute(&[mute(&device)])?;
         }
-        requests.push(self.tree.remove(index)?);
-        self.route.execute(&requests)?;
+        let tables = self.read_tables()?;
+        self.filter
+            .commit(&tables.removals(&tap, tables.address_of(&tap)))?;
+        self.route.execute(&[self.tree.remove(index)?])?;
         // An address is used again: nobody shall inherit flows.
         Ok(self.filter.end_flows(mark)?)
     }
@@ -233,7 +232,7 @@ impl Core {
                 .flat_map(|s| chain(&s.tap)),
         );
 
-        let mut requests = Vec::new();
+        let (mut silenced, mut requests) = (Vec::new(), Vec::new());
         for (index, sliver) in &alive {
             let device = &links[index];
             let class = self.tree.config.parameters(&sliver.bandwidth)?;
@@ -260,14 +259,8 @@ impl Core {
         gone.extend(recorded.iter().map(|s| s.index));
         for index in gone.into_iter().filter(|index| !alive.contains_key(index)) {
             requests.push(self.tree.remove(index)?);
-            if let Some(device) = links.get(&index) {
-                // Some process still holds it, though nobody should: it must at least be mute.
-                let down = LinkChange {
-                    up: Some(false),
-                    ..Default::default()
-                };
-                requests.push(link::change(device.index, &device.name, down));
-            }
+            // Some process may hold the tap still, though nobody should.
+            silenced.extend(links.get(&index).map(mute));
             let known = recorded.iter().any(|s| s.index == index);
             if known {
                 report.dead.push(index)
@@ -275,6 +268,7 @@ impl Core {
                 report.unknown.push(index)
             }
         }
+        self.route.execute(&silenced)?;
         self.filter.commit(&changes)?;
         self.route.execute(&requests)?;
         for dead in recorded.iter().filter(|s| report.dead.contains(&s.index)) {
@@ -396,6 +390,15 @@ fn chain(tap: &str) -> [Request; 2] {
         table.add_ingress_chain(tap, tap),
         table.add_rule(tap, &[Step::Goto("from_tap".to_owned())]),
     ]
+}
+
+/// Takes a link down: it neither sends nor receives, and its routes go.
+fn mute(device: &Link) -> Request {
+    let down = LinkChange {
+        up: Some(false),
+        ..Default::default()
+    };
+    link::change(device.index, &device.name, down).tolerate(libc::ENODEV)
 }
 
 fn address_of_source(element: &Element) -> Option<Ipv4Addr> {

@@ -575,6 +575,65 @@ fn what_cannot_be_leaves_nothing_behind() {
 }
 
 #[test]
+fn without_a_port_block_nothing_leaves() {
+    in_namespace(|mut lab| {
+        let (guest, other) = (lab.add(1), lab.add(2));
+        let mut filter = Connection::netfilter().unwrap();
+        filter
+            .commit(&[ruleset::Set::Ports.delete(&guest.net.address.octets())])
+            .unwrap();
+        guest.send(guest.udp(1, FAR));
+        other.send(other.udp(2, FAR));
+        let packet = lab.leaves();
+        assert!(other.net.ports.contains(&packet.port), "{packet:?}");
+        assert_eq!(lab.core.node_counters().unwrap().drops["foreign"].packets, 1);
+    });
+}
+
+#[test]
+fn the_handle_does_what_the_thread_does() {
+    in_namespace(|lab| {
+        let net = lab.sliver(9);
+        tokio::runtime::Builder::new_current_thread()
+            .build()
+            .unwrap()
+            .block_on(async {
+                let network = Network::start(config()).await.unwrap();
+                let tap = network.add_sliver(net.clone()).await.unwrap();
+                assert_eq!(network.plan().capacity(), 711);
+                let installed = network.list().await.unwrap().remove(&9).unwrap();
+                assert!(installed.tap && installed.routed);
+                assert_eq!(
+                    (installed.address, installed.mark),
+                    (Some(net.address), Some(net.mark))
+                );
+                network
+                    .set_rate(
+                        9,
+                        Bandwidth {
+                            peak: None,
+                            ..net.bandwidth
+                        },
+                    )
+                    .await
+                    .unwrap();
+                assert_eq!(
+                    network.reconcile(vec![net.clone()]).await.unwrap().repaired,
+                    [9],
+                    "the recorded rate is back"
+                );
+                network.remove_sliver(9, net.mark).await.unwrap();
+                assert!(
+                    !network.list().await.unwrap()[&9].routed,
+                    "held by its monitor, but mute"
+                );
+                drop(tap);
+                assert_eq!(network.list().await.unwrap(), Default::default());
+            });
+    });
+}
+
+#[test]
 fn names_of_uplinks_cannot_carry_rules() {
     let plan = Plan::new(config().net, 20_000, 64).unwrap();
     for bad in ["a b", "x\"y", "mtap1", ""] {
