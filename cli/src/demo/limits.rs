@@ -1,0 +1,257 @@
+//! Limits, read back from the node's kernel: not what was asked for, but what is in force.
+
+use mandoline_api::authority::{RspecObject, Sliver};
+use mandoline_rspec::{Rspec, format_bytes, format_rate};
+use serde::{Deserialize, Serialize};
+
+use super::node::LabNode;
+use crate::error::{About, Error, Result};
+
+/// `cpu.weight` for each `cpu_share`: so a share of 10 weighs what the kernel gives a cgroup that nobody configured.
+const WEIGHT_PER_SHARE: u64 = 10;
+/// What a monitor may need beside its guest's memory at most, bytes.
+const MONITOR: u64 = 64 << 20;
+
+/// Prints the CPU weight of the sliver's cgroup, its memory bound and what it uses, then every class of every link
+/// as JSON. Fails when no process is in the cgroup: then its limits bound nothing.
+const SCRIPT: &str = r#"
+grep -q . "$dir/cgroup.procs" || { echo "no process is in $dir" >&2; exit 1; }
+echo "cgroup $dir $(cat "$dir/cpu.weight") $(cat "$dir/memory.max") $(cat "$dir/memory.current")"
+for link in /sys/class/net/*; do
+    printf 'classes %s ' "${link##*/}"; tc -j class show dev "${link##*/}" | tr -d '\n'; echo
+done
+"#;
+
+/// What is in force.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub(super) struct Limits {
+    /// The sliver's cgroup.
+    pub(super) cgroup: String,
+    /// `cpu.weight`.
+    pub(super) cpu_weight: u64,
+    /// `memory.max`, bytes.
+    pub(super) memory_max: u64,
+    /// `memory.current`, bytes.
+    pub(super) memory_current: u64,
+    /// The link whose class bounds what the sliver sends.
+    pub(super) link: String,
+    /// The class.
+    pub(super) class: String,
+    /// Its guaranteed rate, bit/s.
+    pub(super) rate: u64,
+    /// Its ceiling, bit/s.
+    pub(super) ceil: u64,
+    /// What was asked for.
+    pub(super) asked: Asked,
+}
+
+/// What was asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub(super) struct Asked {
+    /// `cpu_share`.
+    pub(super) cpu_share: u64,
+    /// `mem_limit`, bytes.
+    pub(super) mem_limit: u64,
+    /// `burst_rate`, bit/s.
+    pub(super) burst_rate: u64,
+}
+
+/// One class as `tc -j` prints it; rates are bytes a second.
+#[derive(Debug, Deserialize)]
+struct Class {
+    #[serde(default)]
+    handle: String,
+    #[serde(default)]
+    rate: u64,
+    #[serde(default)]
+    ceil: u64,
+}
+
+/// Asks the node's kernel.
+pub(super) async fn read_back(node: &LabNode, sliver: &Sliver, rspec: &RspecObject) -> Result<Limits> {
+    let vm_id: u32 = sliver
+        .vm_id
+        .as_deref()
+        .and_then(|id| id.parse().ok())
+        .ok_or_else(|| {
+            Error::failure(format!(
+                "the node gives {:?} as the id of the virtual machine",
+                sliver.vm_id
+            ))
+        })?;
+    let rspec = Rspec::from_map(rspec).about("rspec")?;
+    let number = |name: &str| {
+        rspec
+            .number(name)
+            .ok_or_else(|| Error::failure(format!("{name} was not asked for")))
+    };
+    let asked = Asked {
+        cpu_share: number("cpu_share")?,
+        mem_limit: number("mem_limit")?,
+        burst_rate: number("burst_rate")?,
+    };
+    let script = format!("dir=/sys/fs/cgroup/mandoline/slivers/{vm_id}{SCRIPT}");
+    parse(&node.run(&script).await?, asked)
+}
+
+fn parse(text: &str, asked: Asked) -> Result<Limits> {
+    let cgroup = text
+        .lines()
+        .find_map(|line| line.strip_prefix("cgroup "))
+        .ok_or_else(|| Error::failure("the node's kernel says nothing of the sliver's cgroup"))?;
+    let words: Vec<_> = cgroup.split_ascii_whitespace().collect();
+    let &[path, weight, max, current] = words.as_slice() else {
+        return Err(Error::failure(format!(
+            "the node's kernel says {cgroup:?} of the sliver's cgroup"
+        )));
+    };
+    let number = |name: &str, text: &str| {
+        text.parse::<u64>()
+            .about(format_args!("{path}/{name} is {text:?}"))
+    };
+    let mut best: Option<(String, Class)> = None;
+    for line in text.lines().filter_map(|line| line.strip_prefix("classes ")) {
+        let Some((link, json)) = line.split_once(' ') else {
+            continue;
+        };
+        let classes: Vec<Class> =
+            serde_json::from_str(if json.is_empty() { "[]" } else { json }).unwrap_or_default();
+        for class in classes {
+            let off = |class: &Class| class.ceil.saturating_mul(8).abs_diff(asked.burst_rate);
+            if class.ceil > 0 && best.as_ref().is_none_or(|(_, old)| off(&class) < off(old)) {
+                best = Some((link.to_owned(), class));
+            }
+        }
+    }
+    let (link, class) =
+        best.ok_or_else(|| Error::failure("no link of the node has a class that bounds a rate"))?;
+    Ok(Limits {
+        cgroup: path.to_owned(),
+        cpu_weight: number("cpu.weight", weight)?,
+        memory_max: number("memory.max", max)?,
+        memory_current: number("memory.current", current)?,
+        link,
+        class: class.handle,
+        rate: class.rate.saturating_mul(8),
+        ceil: class.ceil.saturating_mul(8),
+        asked,
+    })
+}
+
+impl Limits {
+    /// An error that names the first limit that does not hold.
+    pub(super) fn check(&self) -> Result<()> {
+        let Asked {
+            mem_limit,
+            burst_rate,
+            ..
+        } = self.asked;
+        let memory_ok = self.memory_max >= mem_limit && self.memory_max <= mem_limit.saturating_add(MONITOR);
+        if !memory_ok {
+            return Err(Error::failure(format!(
+                "{}/memory.max is {}; {} was asked for",
+                self.cgroup,
+                format_bytes(self.memory_max),
+                format_bytes(mem_limit)
+            )));
+        }
+        if self.cpu_weight != self.asked.cpu_share.saturating_mul(WEIGHT_PER_SHARE) {
+            return Err(Error::failure(format!(
+                "{}/cpu.weight is {}; for cpu_share {} it should be {}",
+                self.cgroup,
+                self.cpu_weight,
+                self.asked.cpu_share,
+                self.asked.cpu_share.saturating_mul(WEIGHT_PER_SHARE)
+            )));
+        }
+        // The kernel counts bytes: seven bits may be lost.
+        if self.ceil.abs_diff(burst_rate) > 8 {
+            return Err(Error::failure(format!(
+                "no class has the ceiling that was asked for ({}); the nearest is {} of {} with {}",
+                format_rate(burst_rate),
+                self.class,
+                self.link,
+                format_rate(self.ceil)
+            )));
+        }
+        Ok(())
+    }
+
+    /// Rows of a table: what, asked, in force, where.
+    pub(super) fn rows(&self) -> [[String; 4]; 3] {
+        [
+            [
+                "CPU".into(),
+                format!("cpu_share {}", self.asked.cpu_share),
+                format!("weight {}", self.cpu_weight),
+                format!("{}/cpu.weight", self.cgroup),
+            ],
+            [
+                "memory".into(),
+                format!("mem_limit {}", format_bytes(self.asked.mem_limit)),
+                format!(
+                    "max {} (in use {})",
+                    format_bytes(self.memory_max),
+                    format_bytes(self.memory_current)
+                ),
+                format!("{}/memory.max", self.cgroup),
+            ],
+            [
+                "bandwidth".into(),
+                format!("burst_rate {}", format_rate(self.asked.burst_rate)),
+                format!("ceil {}, rate {}", format_rate(self.ceil), format_rate(self.rate)),
+                format!("HTB class {} of {}", self.class, self.link),
+            ],
+        ]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ASKED: Asked = Asked {
+        cpu_share: 20,
+        mem_limit: 128 << 20,
+        burst_rate: 10_000_000,
+    };
+    const TEXT: &str = "cgroup /sys/fs/cgroup/mandoline/slivers/1 200 150994944 50000000\n\
+        classes lo \nclasses eth0 []\n\
+        classes mifb [{\"class\":\"htb\",\"handle\":\"1:1\",\"root\":true,\"rate\":12500000,\"ceil\":12500000},\
+        {\"class\":\"htb\",\"handle\":\"1:10\",\"parent\":\"1:1\",\"rate\":125,\"ceil\":1250000}]\n";
+
+    #[test]
+    fn the_kernels_words_are_read_and_checked() {
+        let limits = parse(TEXT, ASKED).unwrap();
+        assert_eq!((limits.cpu_weight, limits.memory_max), (200, 144 << 20));
+        assert_eq!(
+            (limits.link.as_str(), limits.class.as_str(), limits.ceil),
+            ("mifb", "1:10", 10_000_000)
+        );
+        limits.check().unwrap();
+    }
+
+    #[test]
+    fn limits_that_do_not_hold_are_errors() {
+        for (from, to, part) in [
+            ("150994944", "1073741824", "memory.max"),
+            ("150994944", "67108864", "memory.max"),
+            (" 200 ", " 100 ", "cpu.weight"),
+            ("1250000}", "1500000}", "10 Mbit/s"),
+        ] {
+            let message = parse(&TEXT.replace(from, to), ASKED)
+                .unwrap()
+                .check()
+                .unwrap_err()
+                .to_string();
+            assert!(message.contains(part), "{message}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_there_is_an_error() {
+        assert!(parse("classes lo []\n", ASKED).is_err());
+        assert!(parse(TEXT.split("classes mifb").next().unwrap(), ASKED).is_err());
+        assert!(parse(&TEXT.replace("150994944", "max"), ASKED).is_err());
+    }
+}

@@ -1,0 +1,129 @@
+//! `mandoline doctor`: what this machine has, what is missing, and what to do about it.
+
+mod checks;
+mod source;
+
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+use crate::output::{Output, table};
+
+/// How a check came out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum State {
+    /// As it should be.
+    Ok,
+    /// Not needed for the demo, or slower than it could be.
+    Note,
+    /// The demo cannot run like this.
+    Missing,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Check {
+    /// What was looked at.
+    pub(crate) name: &'static str,
+    /// How it came out.
+    pub(crate) state: State,
+    /// What was found.
+    pub(crate) found: String,
+    /// What to do, when something should be done.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) advice: Option<String>,
+}
+
+impl Check {
+    pub(crate) fn ok(name: &'static str, found: impl Into<String>) -> Self {
+        Self {
+            name,
+            state: State::Ok,
+            found: found.into(),
+            advice: None,
+        }
+    }
+
+    pub(crate) fn note(name: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Self {
+        Self {
+            name,
+            state: State::Note,
+            found: found.into(),
+            advice: Some(advice.into()),
+        }
+    }
+
+    pub(crate) fn missing(name: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Self {
+        Self {
+            name,
+            state: State::Missing,
+            found: found.into(),
+            advice: Some(advice.into()),
+        }
+    }
+}
+
+/// Runs all checks; fails when the demo could not run.
+pub(crate) fn doctor(output: Output) -> Result<()> {
+    let tree = source::tree();
+    let mut checks = vec![
+        checks::virtualisation(),
+        checks::memory(),
+        checks::disk(),
+        checks::program(
+            "qemu-system-x86_64",
+            "qemu-system-x86",
+            "the lab's nodes are QEMU machines",
+        ),
+        checks::program(
+            "ssh",
+            "openssh-client",
+            "`mandoline ssh` is OpenSSH's ssh with the way filled in",
+        ),
+        checks::program("ssh-keygen", "openssh-client", "the demo makes a key of its own"),
+        checks::cgroup(),
+    ];
+    match &tree {
+        Some(tree) => {
+            checks.extend([
+                source::rust(tree),
+                source::packages(tree),
+                source::programs(tree),
+                source::images(),
+            ]);
+        }
+        None => checks.push(Check::note(
+            "source tree",
+            "not run from one",
+            "to check what building needs, run this below Mandoline's source tree",
+        )),
+    }
+    let missing = checks
+        .iter()
+        .filter(|check| check.state == State::Missing)
+        .count();
+    output.show(&checks, |checks| people(checks))?;
+    match missing {
+        0 => output.say("\nThe demo can run: make demo"),
+        1 => Err(Error::failure("one thing is missing for the demo")),
+        n => Err(Error::failure(format!("{n} things are missing for the demo"))),
+    }
+}
+
+fn people(checks: &[Check]) -> String {
+    let rows = checks.iter().map(|check| {
+        let state = match check.state {
+            State::Ok => "ok",
+            State::Note => "note",
+            State::Missing => "MISSING",
+        };
+        [check.name.to_owned(), state.to_owned(), check.found.clone()]
+    });
+    let mut text = table(["CHECK", "STATE", "FOUND"], rows, "");
+    for check in checks {
+        if let Some(advice) = &check.advice {
+            text.push_str(&format!("\n\n{}: {advice}", check.name));
+        }
+    }
+    text
+}
