@@ -1,1 +1,10 @@
 //! The authority: principals, nodes, slices; PLCAPI and REST.
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+pub mod auth;
+pub mod db;
+pub mod domain;
+pub mod error;
+pub mod plc;
+pub mod service;

@@ -243,6 +243,9 @@ pub struct Sliver {
     pub reason: Option<String>,
     /// What can be done about it.
     pub class: Option<FailureClass>,
+    /// The node manager's id of its virtual machine.
+    #[serde(default)]
+    pub vm_id: Option<String>,
     /// Its own address on the node's sliver network, without prefix length.
     pub address: Option<String>,
     /// Way in: the node's sshd. Absent until the node has registered.
