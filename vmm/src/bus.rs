@@ -26,14 +26,20 @@ pub struct Bus {
 impl Bus {
     /// Puts the devices on the bus; virtio devices in the order of their windows.
     pub fn new(uart: Arc<Uart>, control: Arc<Control>, virtio: Vec<Transport>) -> Self {
-        Self { uart, control, virtio }
+        Self {
+            uart,
+            control,
+            virtio,
+        }
     }
 
     /// `in`: string instructions repeat the port.
     pub fn port_read(&self, port: u16, data: &mut [u8]) {
         for byte in data {
             *byte = match port {
-                SERIAL_PORT.. if port - SERIAL_PORT < SERIAL_PORTS => self.uart.read((port - SERIAL_PORT) as u8),
+                SERIAL_PORT.. if port - SERIAL_PORT < SERIAL_PORTS => {
+                    self.uart.read((port - SERIAL_PORT) as u8)
+                }
                 // Always ready for a command: a kernel that resets through it waits for that.
                 I8042_COMMAND => 0,
                 _ => FLOATING,
@@ -80,5 +86,7 @@ impl Bus {
 }
 
 fn exit_page(address: u64) -> Option<u64> {
-    address.checked_sub(EXIT_PAGE).filter(|offset| *offset < EXIT_PAGE_SIZE)
+    address
+        .checked_sub(EXIT_PAGE)
+        .filter(|offset| *offset < EXIT_PAGE_SIZE)
 }

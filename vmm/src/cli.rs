@@ -14,7 +14,12 @@ use crate::fds::Named;
 /// It ends with the VM; its exit status says why: 0 shutdown, 1 error, 2 wrong usage, 64 reboot, 65 guest
 /// panic, 66 triple fault, 67 killed, 148 forbidden system call.
 #[derive(Debug, Parser)]
-#[command(name = "mandoline-vmm", version, args_conflicts_with_subcommands = true, max_term_width = 100)]
+#[command(
+    name = "mandoline-vmm",
+    version,
+    args_conflicts_with_subcommands = true,
+    max_term_width = 100
+)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]

@@ -39,7 +39,11 @@ pub enum Error {
 }
 
 fn value(name: impl Into<String>, value: impl ToString, allowed: impl Into<String>) -> Error {
-    Error::Value { name: name.into(), value: value.to_string(), allowed: allowed.into() }
+    Error::Value {
+        name: name.into(),
+        value: value.to_string(),
+        allowed: allowed.into(),
+    }
 }
 
 /// A drive, open.
@@ -104,12 +108,23 @@ pub fn parse(text: &str) -> Result<VmConfig, Error> {
 pub fn open(config: &VmConfig, inherited: &mut Inherited) -> Result<Spec, Error> {
     let machine = &config.machine_config;
     if machine.vcpu_count == 0 || machine.vcpu_count > MAX_VCPUS {
-        return Err(value("vcpu_count", machine.vcpu_count, format!("1 to {MAX_VCPUS}")));
+        return Err(value(
+            "vcpu_count",
+            machine.vcpu_count,
+            format!("1 to {MAX_VCPUS}"),
+        ));
     }
     if machine.mem_size_mib < MIN_MEM_MIB || machine.mem_size_mib > MAX_MEM_MIB {
-        return Err(value("mem_size_mib", machine.mem_size_mib, format!("{MIN_MEM_MIB} to {MAX_MEM_MIB}")));
+        return Err(value(
+            "mem_size_mib",
+            machine.mem_size_mib,
+            format!("{MIN_MEM_MIB} to {MAX_MEM_MIB}"),
+        ));
     }
-    for (name, set) in [("smt", machine.smt), ("track_dirty_pages", machine.track_dirty_pages)] {
+    for (name, set) in [
+        ("smt", machine.smt),
+        ("track_dirty_pages", machine.track_dirty_pages),
+    ] {
         if set {
             return Err(value(name, true, "false"));
         }
@@ -119,18 +134,31 @@ pub fn open(config: &VmConfig, inherited: &mut Inherited) -> Result<Spec, Error>
         + usize::from(config.vsock.is_some())
         + usize::from(config.entropy.is_some());
     if devices > MAX_DEVICES {
-        return Err(value("number of devices", devices, format!("up to {MAX_DEVICES}")));
+        return Err(value(
+            "number of devices",
+            devices,
+            format!("up to {MAX_DEVICES}"),
+        ));
     }
 
     let boot = &config.boot_source;
     let kernel = inherited.file("kernel_image_path", &boot.kernel_image_path, false)?;
-    let initrd =
-        boot.initrd_path.as_ref().map(|path| inherited.file("initrd_path", path, false)).transpose()?;
-    let mut command_line = boot.boot_args.clone().unwrap_or_else(|| DEFAULT_COMMAND_LINE.to_owned());
+    let initrd = boot
+        .initrd_path
+        .as_ref()
+        .map(|path| inherited.file("initrd_path", path, false))
+        .transpose()?;
+    let mut command_line = boot
+        .boot_args
+        .clone()
+        .unwrap_or_else(|| DEFAULT_COMMAND_LINE.to_owned());
 
     let mut drives = Vec::new();
     for (index, drive) in config.drives.iter().enumerate() {
-        if config.drives[..index].iter().any(|other| other.drive_id == drive.drive_id) {
+        if config.drives[..index]
+            .iter()
+            .any(|other| other.drive_id == drive.drive_id)
+        {
             return Err(value("drive_id", &drive.drive_id, "one that no other drive has"));
         }
         let what = format!("drive {}", drive.drive_id);
@@ -140,7 +168,11 @@ pub fn open(config: &VmConfig, inherited: &mut Inherited) -> Result<Spec, Error>
             read_only: drive.is_read_only,
             flush: drive.cache_type == CacheType::Writeback,
         };
-        if drive.is_root_device && !command_line.split_whitespace().any(|word| word.starts_with("root=")) {
+        if drive.is_root_device
+            && !command_line
+                .split_whitespace()
+                .any(|word| word.starts_with("root="))
+        {
             let letter = char::from(b'a' + index as u8);
             let mode = if drive.is_read_only { "ro" } else { "rw" };
             command_line.push_str(&format!(" root=/dev/vd{letter} {mode}"));
@@ -161,7 +193,11 @@ pub fn open(config: &VmConfig, inherited: &mut Inherited) -> Result<Spec, Error>
                 return Err(value("guest_cid", vsock.guest_cid, "3 to 4294967294"));
             }
             let (listener, outward) = open_vsock(&vsock.uds_path, inherited)?;
-            Some(Vsock { guest_cid: vsock.guest_cid, listener, outward })
+            Some(Vsock {
+                guest_cid: vsock.guest_cid,
+                listener,
+                outward,
+            })
         }
     };
 
@@ -195,7 +231,10 @@ fn open_interface(interface: &NetworkInterface, inherited: &mut Inherited) -> Re
     Ok(Interface {
         id: interface.iface_id.clone(),
         tap,
-        options: net::Options { mac, mtu: interface.mtu },
+        options: net::Options {
+            mac,
+            mtu: interface.mtu,
+        },
     })
 }
 
@@ -233,19 +272,29 @@ mod tests {
     use super::*;
 
     fn config(extra: &str) -> VmConfig {
-        parse(&format!(r#"{{"boot-source": {{"kernel_image_path": "/dev/null"}}{extra}}}"#)).unwrap()
+        parse(&format!(
+            r#"{{"boot-source": {{"kernel_image_path": "/dev/null"}}{extra}}}"#
+        ))
+        .unwrap()
     }
 
     fn refused(extra: &str) -> String {
-        open(&config(extra), &mut Inherited::default()).err().map(|error| error.to_string()).unwrap_or_default()
+        open(&config(extra), &mut Inherited::default())
+            .err()
+            .map(|error| error.to_string())
+            .unwrap_or_default()
     }
 
     #[test]
     fn numbers_out_of_range_are_named_with_what_is_allowed() {
-        let machine = |cpus, mib| format!(r#", "machine-config": {{"vcpu_count": {cpus}, "mem_size_mib": {mib}}}"#);
+        let machine =
+            |cpus, mib| format!(r#", "machine-config": {{"vcpu_count": {cpus}, "mem_size_mib": {mib}}}"#);
         assert_eq!(refused(&machine(0, 128)), "vcpu_count is 0; allowed: 1 to 32");
         assert_eq!(refused(&machine(33, 128)), "vcpu_count is 33; allowed: 1 to 32");
-        assert_eq!(refused(&machine(1, 1)), "mem_size_mib is 1; allowed: 16 to 1048576");
+        assert_eq!(
+            refused(&machine(1, 1)),
+            "mem_size_mib is 1; allowed: 16 to 1048576"
+        );
         assert!(refused(r#", "vsock": {"guest_cid": 2, "uds_path": "/x"}"#).starts_with("guest_cid is 2"));
         assert_eq!(refused(""), "");
     }
@@ -254,16 +303,30 @@ mod tests {
     fn the_root_drive_is_named_on_the_command_line_unless_it_is_already() {
         let drive = r#", "drives": [{"drive_id": "d", "path_on_host": "/dev/null", "is_root_device": true, "is_read_only": true}]"#;
         let spec = open(&config(drive), &mut Inherited::default()).unwrap();
-        assert!(spec.command_line.ends_with(" root=/dev/vda ro"), "{}", spec.command_line);
+        assert!(
+            spec.command_line.ends_with(" root=/dev/vda ro"),
+            "{}",
+            spec.command_line
+        );
         let mut own = config(drive);
         own.boot_source.boot_args = Some("root=/dev/vda rootfstype=erofs".into());
-        assert_eq!(open(&own, &mut Inherited::default()).unwrap().command_line, "root=/dev/vda rootfstype=erofs");
+        assert_eq!(
+            open(&own, &mut Inherited::default()).unwrap().command_line,
+            "root=/dev/vda rootfstype=erofs"
+        );
     }
 
     #[test]
     fn macs_are_unicast() {
         assert_eq!(parse_mac("02:00:0a:80:00:fe").unwrap(), [2, 0, 10, 128, 0, 254]);
-        for text in ["", "02:00:0a:80:00", "02:00:0a:80:00:02:03", "01:00:00:00:00:01", "00:00:00:00:00:00", "+2:00:00:00:00:01"] {
+        for text in [
+            "",
+            "02:00:0a:80:00",
+            "02:00:0a:80:00:02:03",
+            "01:00:00:00:00:01",
+            "00:00:00:00:00:00",
+            "+2:00:00:00:00:01",
+        ] {
             assert!(parse_mac(text).is_err(), "{text}");
         }
     }

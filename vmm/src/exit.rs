@@ -51,7 +51,10 @@ impl ExitLatch {
 
     /// The reason, once there is one.
     pub fn get(&self) -> Option<Exit> {
-        self.exit.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
+        self.exit
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+            .clone()
     }
 
     /// Readable once the latch is closed.
@@ -70,7 +73,13 @@ mod tests {
         assert!(!latch.is_closed());
         latch.close(ExitReason::Panic, Some("first".into()));
         latch.close(ExitReason::Reboot, None);
-        assert_eq!(latch.get().unwrap(), Exit { reason: ExitReason::Panic, detail: Some("first".into()) });
+        assert_eq!(
+            latch.get().unwrap(),
+            Exit {
+                reason: ExitReason::Panic,
+                detail: Some("first".into())
+            }
+        );
         assert_eq!(latch.event().read().unwrap(), 1);
     }
 }

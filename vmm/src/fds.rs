@@ -68,11 +68,18 @@ impl std::str::FromStr for Named {
     fn from_str(text: &str) -> Result<Self, Error> {
         let error = || Error::Syntax(text.to_owned());
         let (name, number) = text.split_once('=').ok_or_else(error)?;
-        let number = number.parse().ok().filter(|number: &RawFd| *number >= 0).ok_or_else(error)?;
+        let number = number
+            .parse()
+            .ok()
+            .filter(|number: &RawFd| *number >= 0)
+            .ok_or_else(error)?;
         if name.is_empty() || name.contains(':') {
             return Err(error());
         }
-        Ok(Self { name: name.to_owned(), number })
+        Ok(Self {
+            name: name.to_owned(),
+            number,
+        })
     }
 }
 
@@ -87,7 +94,12 @@ impl Inherited {
         let mut numbers: Vec<RawFd> = named.iter().map(|fd| fd.number).collect();
         numbers.sort_unstable();
         let mut from = 3;
-        for number in numbers.iter().copied().filter(|number| *number >= 3).chain([RawFd::MAX]) {
+        for number in numbers
+            .iter()
+            .copied()
+            .filter(|number| *number >= 3)
+            .chain([RawFd::MAX])
+        {
             if number > from {
                 // SAFETY: nothing was opened yet, so no object of this process owns a descriptor in the range.
                 unsafe { libc::syscall(libc::SYS_close_range, from, number - 1, 0) };
@@ -102,7 +114,11 @@ impl Inherited {
             }
             // SAFETY: only asks for flags; the borrowed descriptor lives no longer than this call.
             let open = rustix::io::fcntl_getfd(unsafe { BorrowedFd::borrow_raw(number) });
-            open.map_err(|source| Error::NotOpen { name: name.clone(), number, source: source.into() })?;
+            open.map_err(|source| Error::NotOpen {
+                name: name.clone(),
+                number,
+                source: source.into(),
+            })?;
             // SAFETY: open (just checked), named once, and given to this process to own.
             inherited.insert(name, unsafe { OwnedFd::from_raw_fd(number) });
         }
@@ -116,14 +132,24 @@ impl Inherited {
 
     /// Takes what `source` names if it is `fd:NAME`; `None` if it is a path.
     pub fn named(&mut self, what: &str, source: &str) -> Result<Option<OwnedFd>, Error> {
-        let Some(name) = source.strip_prefix(FD_PREFIX) else { return Ok(None) };
+        let Some(name) = source.strip_prefix(FD_PREFIX) else {
+            return Ok(None);
+        };
         match self.take(name) {
             Some(fd) => Ok(Some(fd)),
             None => {
                 let mut known: Vec<&str> = self.0.keys().map(String::as_str).collect();
                 known.sort_unstable();
-                let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
-                Err(Error::Unknown { what: what.to_owned(), name: name.to_owned(), known })
+                let known = if known.is_empty() {
+                    "none".to_owned()
+                } else {
+                    known.join(", ")
+                };
+                Err(Error::Unknown {
+                    what: what.to_owned(),
+                    name: name.to_owned(),
+                    known,
+                })
             }
         }
     }
@@ -155,7 +181,11 @@ impl Inherited {
 
 /// An error about a path.
 pub fn open_error(what: &str, path: &Path, source: std::io::Error) -> Error {
-    Error::Open { what: what.to_owned(), path: path.display().to_string(), source }
+    Error::Open {
+        what: what.to_owned(),
+        path: path.display().to_string(),
+        source,
+    }
 }
 
 #[cfg(test)]
@@ -165,7 +195,13 @@ mod tests {
     #[test]
     fn names_are_checked() {
         let named: Named = "tap0=7".parse().unwrap();
-        assert_eq!(named, Named { name: "tap0".into(), number: 7 });
+        assert_eq!(
+            named,
+            Named {
+                name: "tap0".into(),
+                number: 7
+            }
+        );
         for text in ["tap0", "tap0=", "=3", "tap0=-1", "a:b=3", "tap0=x"] {
             assert!(text.parse::<Named>().is_err(), "{text}");
         }
@@ -176,11 +212,17 @@ mod tests {
         let mut inherited = Inherited::default();
         let file = tempfile::tempfile().unwrap();
         inherited.0.insert("kernel".into(), file.into());
-        let message = inherited.file("root drive", "fd:root", false).unwrap_err().to_string();
+        let message = inherited
+            .file("root drive", "fd:root", false)
+            .unwrap_err()
+            .to_string();
         assert!(message.contains("root drive") && message.contains("\"root\"") && message.contains("kernel"));
         assert!(inherited.file("kernel", "fd:kernel", false).is_ok());
         assert!(inherited.file("kernel", "fd:kernel", false).is_err(), "used up");
-        let message = inherited.file("disk", "/nowhere/at/all", true).unwrap_err().to_string();
+        let message = inherited
+            .file("disk", "/nowhere/at/all", true)
+            .unwrap_err()
+            .to_string();
         assert!(message.contains("disk") && message.contains("/nowhere/at/all"));
     }
 }

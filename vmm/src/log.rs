@@ -22,7 +22,15 @@ struct Window {
 impl RateLimit {
     /// `burst` messages each `interval`.
     pub const fn new(burst: u32, interval: Duration) -> Self {
-        Self { burst, interval, window: Mutex::new(Window { since: None, passed: 0, held: 0 }) }
+        Self {
+            burst,
+            interval,
+            window: Mutex::new(Window {
+                since: None,
+                passed: 0,
+                held: 0,
+            }),
+        }
     }
 
     /// Whether a message may pass now: then the number of those held back since the last that passed.
@@ -31,8 +39,14 @@ impl RateLimit {
     }
 
     fn pass_at(&self, now: Instant) -> Option<u64> {
-        let mut window = self.window.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if window.since.is_none_or(|since| now.duration_since(since) >= self.interval) {
+        let mut window = self
+            .window
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        if window
+            .since
+            .is_none_or(|since| now.duration_since(since) >= self.interval)
+        {
             window.since = Some(now);
             window.passed = 0;
         }
@@ -51,11 +65,17 @@ pub fn start(file: File) {
     use tracing_subscriber::filter::{LevelFilter, Targets};
     use tracing_subscriber::layer::SubscriberExt;
     use tracing_subscriber::util::SubscriberInitExt;
-    let layer = tracing_subscriber::fmt::layer().with_ansi(false).with_writer(Mutex::new(file));
-    let targets =
-        Targets::new().with_default(LevelFilter::INFO).with_target("virtio_queue", LevelFilter::OFF);
+    let layer = tracing_subscriber::fmt::layer()
+        .with_ansi(false)
+        .with_writer(Mutex::new(file));
+    let targets = Targets::new()
+        .with_default(LevelFilter::INFO)
+        .with_target("virtio_queue", LevelFilter::OFF);
     // Fails only when a log was started already: then that one stays.
-    let _ = tracing_subscriber::registry().with(layer).with(targets).try_init();
+    let _ = tracing_subscriber::registry()
+        .with(layer)
+        .with(targets)
+        .try_init();
 }
 
 #[cfg(test)]

@@ -103,7 +103,13 @@ pub fn open_kvm(inherited: Option<std::os::fd::OwnedFd>) -> Result<Kvm, Error> {
 
 /// Builds the VM of `spec`.
 pub fn build(kvm_fd: &Kvm, spec: Spec, phases: &Arc<Phases>, boot_timer: bool) -> Result<Machine, Error> {
-    for capability in [Cap::Irqchip, Cap::Ioeventfd, Cap::Irqfd, Cap::UserMemory, Cap::ImmediateExit] {
+    for capability in [
+        Cap::Irqchip,
+        Cap::Ioeventfd,
+        Cap::Irqfd,
+        Cap::UserMemory,
+        Cap::ImmediateExit,
+    ] {
         if !kvm_fd.check_extension(capability) {
             return Err(Error::Lacks(capability));
         }
@@ -115,10 +121,15 @@ pub fn build(kvm_fd: &Kvm, spec: Spec, phases: &Arc<Phases>, boot_timer: bool) -
     phases.mark(Phase::MemoryReady);
 
     let models = device_models(spec.drives, spec.interfaces, spec.vsock, spec.entropy)?;
-    let places: Vec<(u64, u32)> =
-        (0..models.len()).filter_map(|n| Some((device_window(n), device_gsi(n)?))).collect();
+    let places: Vec<(u64, u32)> = (0..models.len())
+        .filter_map(|n| Some((device_window(n), device_gsi(n)?)))
+        .collect();
     let (entry, kernel_end) = loader::kernel(&memory, &spec.kernel)?;
-    let initrd = spec.initrd.as_ref().map(|file| loader::initrd(&memory, file, kernel_end)).transpose()?;
+    let initrd = spec
+        .initrd
+        .as_ref()
+        .map(|file| loader::initrd(&memory, file, kernel_end))
+        .transpose()?;
     let line = loader::command_line(&spec.command_line, &places)?;
     loader::tables(&memory, &line, initrd, spec.vcpus)?;
     phases.mark(Phase::KernelLoaded);
@@ -136,7 +147,8 @@ pub fn build(kvm_fd: &Kvm, spec: Spec, phases: &Arc<Phases>, boot_timer: bool) -
         let slot = Slot::new(name, model, interrupt_line(&vm, *gsi)?).map_err(host("eventfd"))?;
         for (queue, kick) in slot.kicks.iter().enumerate() {
             let address = IoEventAddress::Mmio(window + register::QUEUE_NOTIFY);
-            vm.register_ioevent(kick, &address, queue as u32).map_err(kvm("KVM_IOEVENTFD"))?;
+            vm.register_ioevent(kick, &address, queue as u32)
+                .map_err(kvm("KVM_IOEVENTFD"))?;
         }
         transports.push(Transport::new(slot.clone(), memory.clone()));
         slots.push(slot);
@@ -145,8 +157,21 @@ pub fn build(kvm_fd: &Kvm, spec: Spec, phases: &Arc<Phases>, boot_timer: bool) -
 
     let vcpus = create_vcpus(kvm_fd, &vm, spec.vcpus, entry)?;
     phases.mark(Phase::VcpuCreated);
-    let shared = vcpu::Shared { bus, exit, phases: phases.clone() };
-    Ok(Machine { vm, vcpus, shared, slots, uart, console, control, memory })
+    let shared = vcpu::Shared {
+        bus,
+        exit,
+        phases: phases.clone(),
+    };
+    Ok(Machine {
+        vm,
+        vcpus,
+        shared,
+        slots,
+        uart,
+        console,
+        control,
+        memory,
+    })
 }
 
 /// The device models with their names, in the order of their windows: drives, interfaces, vsock, rng.
@@ -193,6 +218,9 @@ fn create_vcpus(kvm_fd: &Kvm, vm: &VmFd, count: u8, entry: u64) -> Result<Vec<Vc
         let tsc_khz = vcpu.get_tsc_khz().unwrap_or(0);
         let shaped = cpuid::shape(&supported, cpu, count, tsc_khz, tsc_deadline);
         vcpu.set_cpuid2(&shaped).map_err(kvm("KVM_SET_CPUID2"))?;
+        if let Some(features) = cpuid::xsave_features(&shaped) {
+            regs::set_xcr0(&vcpu, cpu, features)?;
+        }
         regs::set(&vcpu, cpu, entry)?;
         vcpus.push(vcpu);
     }

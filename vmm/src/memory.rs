@@ -59,8 +59,11 @@ pub fn register(vm: &kvm_ioctls::VmFd, memory: &Memory) -> Result<(), Error> {
         };
         // SAFETY: the region is a live mapping of `bytes` bytes; it outlives the VM, because the process ends
         // without unmapping it, and nothing else of this process lies in it.
-        unsafe { vm.set_user_memory_region(kvm_region) }
-            .map_err(|source| Error::Region { address, bytes, source })?;
+        unsafe { vm.set_user_memory_region(kvm_region) }.map_err(|source| Error::Region {
+            address,
+            bytes,
+            source,
+        })?;
     }
     Ok(())
 }
@@ -75,7 +78,10 @@ mod tests {
         assert_eq!(ranges(MMIO_HOLE), vec![(GuestAddress(0), MMIO_HOLE as usize)]);
         assert_eq!(
             ranges(MMIO_HOLE + 4096),
-            vec![(GuestAddress(0), MMIO_HOLE as usize), (GuestAddress(RAM_ABOVE_HOLE), 4096)]
+            vec![
+                (GuestAddress(0), MMIO_HOLE as usize),
+                (GuestAddress(RAM_ABOVE_HOLE), 4096)
+            ]
         );
     }
 }

@@ -97,7 +97,10 @@ pub fn signals() -> Result<OwnedFd, Error> {
         libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
         match libc::signalfd(-1, &set, libc::SFD_NONBLOCK | libc::SFD_CLOEXEC) {
             fd @ 0.. => Ok(OwnedFd::from_raw_fd(fd)),
-            _ => Err(Error::Host { what: "signalfd", source: io::Error::last_os_error() }),
+            _ => Err(Error::Host {
+                what: "signalfd",
+                source: io::Error::last_os_error(),
+            }),
         }
     }
 }
@@ -142,7 +145,12 @@ pub fn run(mut machine: Machine, parts: Parts) -> Result<Exit, Error> {
     vcpu::install_signal()?;
     let mut handles = Vec::new();
     for (cpu, vcpu) in std::mem::take(&mut machine.vcpus).into_iter().enumerate() {
-        handles.push(vcpu::start(cpu as u8, vcpu, machine.shared.clone(), parts.confine_vcpu)?);
+        handles.push(vcpu::start(
+            cpu as u8,
+            vcpu,
+            machine.shared.clone(),
+            parts.confine_vcpu,
+        )?);
     }
     let control = Rc::new(RefCell::new(ControlEvents {
         slots: machine.slots.clone(),
@@ -177,7 +185,10 @@ pub fn run(mut machine: Machine, parts: Parts) -> Result<Exit, Error> {
     }
     terminal.borrow_mut().hand_on();
     // The latch is closed, so there is a reason.
-    let exit = exit.get().unwrap_or(Exit { reason: ExitReason::Error, detail: None });
+    let exit = exit.get().unwrap_or(Exit {
+        reason: ExitReason::Error,
+        detail: None,
+    });
     let ControlEvents { state, phases, .. } = &mut *control;
     state.phases(phases);
     state.state(RunState::Exited, Some(exit.reason), exit.detail.clone());
@@ -238,14 +249,28 @@ impl ConsoleEvents {
 
 impl MutEventSubscriber for ConsoleEvents {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        watch(ops, Events::with_data(&self.console.output, CONSOLE_OUTPUT, EventSet::IN));
-        watch(ops, Events::with_data(&self.console.room, CONSOLE_ROOM, EventSet::IN));
+        watch(
+            ops,
+            Events::with_data(&self.console.output, CONSOLE_OUTPUT, EventSet::IN),
+        );
+        watch(
+            ops,
+            Events::with_data(&self.console.room, CONSOLE_ROOM, EventSet::IN),
+        );
         // A regular file cannot be watched, and need not be: it never blocks.
         if let Some(output) = &self.output {
-            let _ = ops.add(Events::with_data(output, CONSOLE_SINK, EventSet::OUT | EventSet::EDGE_TRIGGERED));
+            let _ = ops.add(Events::with_data(
+                output,
+                CONSOLE_SINK,
+                EventSet::OUT | EventSet::EDGE_TRIGGERED,
+            ));
         }
         if let Some(input) = &self.input {
-            let _ = ops.add(Events::with_data(input, CONSOLE_SOURCE, EventSet::IN | EventSet::EDGE_TRIGGERED));
+            let _ = ops.add(Events::with_data(
+                input,
+                CONSOLE_SOURCE,
+                EventSet::IN | EventSet::EDGE_TRIGGERED,
+            ));
         }
     }
 
@@ -322,7 +347,10 @@ impl ControlEvents {
                 Request::Resume => self.resume(),
                 Request::Look => {}
             }
-            let report = Report { state: self.instance, console_lost: self.console.lost() };
+            let report = Report {
+                state: self.instance,
+                console_lost: self.console.lost(),
+            };
             // The asker may have left.
             let _ = answer.send(report);
         }
@@ -353,11 +381,23 @@ impl ControlEvents {
 
 impl MutEventSubscriber for ControlEvents {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        watch(ops, Events::with_data(self.exit.event(), CONTROL_EXIT, EventSet::IN));
-        watch(ops, Events::with_data(self.marked.marked(), CONTROL_MARKED, EventSet::IN));
-        watch(ops, Events::with_data(&self.signals, CONTROL_SIGNAL, EventSet::IN));
+        watch(
+            ops,
+            Events::with_data(self.exit.event(), CONTROL_EXIT, EventSet::IN),
+        );
+        watch(
+            ops,
+            Events::with_data(self.marked.marked(), CONTROL_MARKED, EventSet::IN),
+        );
+        watch(
+            ops,
+            Events::with_data(&self.signals, CONTROL_SIGNAL, EventSet::IN),
+        );
         if let Some(calls) = &self.calls {
-            watch(ops, Events::with_data(calls.event.as_ref(), CONTROL_CALL, EventSet::IN));
+            watch(
+                ops,
+                Events::with_data(calls.event.as_ref(), CONTROL_CALL, EventSet::IN),
+            );
         }
     }
 

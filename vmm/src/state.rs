@@ -34,7 +34,10 @@ pub struct Phases {
 
 impl Default for Phases {
     fn default() -> Self {
-        Self { reached: [const { AtomicU64::new(0) }; PHASES.len()], written: Mutex::default() }
+        Self {
+            reached: [const { AtomicU64::new(0) }; PHASES.len()],
+            written: Mutex::default(),
+        }
     }
 }
 
@@ -62,13 +65,20 @@ impl Phases {
 
     /// The phases that were reached and not yet taken.
     pub fn take_new(&self) -> Vec<PhaseMark> {
-        let mut written = self.written.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut written = self
+            .written
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
         let offset = realtime_ns().saturating_sub(monotonic_ns());
         let mut marks = Vec::new();
         for (phase, written) in PHASES.into_iter().zip(written.iter_mut()) {
             if let (false, Some(monotonic_ns)) = (*written, self.reached(phase)) {
                 *written = true;
-                marks.push(PhaseMark { phase, monotonic_ns, unix_ns: monotonic_ns + offset });
+                marks.push(PhaseMark {
+                    phase,
+                    monotonic_ns,
+                    unix_ns: monotonic_ns + offset,
+                });
             }
         }
         marks
@@ -94,12 +104,19 @@ impl StateFile {
 
     /// Appends a state.
     pub fn state(&mut self, state: RunState, reason: Option<ExitReason>, detail: Option<String>) {
-        self.line(&StateChange { state, reason, detail, unix_ns: realtime_ns() });
+        self.line(&StateChange {
+            state,
+            reason,
+            detail,
+            unix_ns: realtime_ns(),
+        });
     }
 
     fn line(&mut self, value: &impl serde::Serialize) {
         let Some(file) = &mut self.0 else { return };
-        let Ok(mut text) = serde_json::to_vec(value) else { return };
+        let Ok(mut text) = serde_json::to_vec(value) else {
+            return;
+        };
         text.push(b'\n');
         // A full disk must not end a VM; the log says it, since the file cannot.
         if let Err(error) = file.write_all(&text) {
@@ -148,11 +165,18 @@ mod tests {
         assert_eq!(phases.reached(Phase::FirstRun), first);
         state.phases(&phases);
         state.phases(&phases);
-        state.state(RunState::Exited, Some(ExitReason::Panic), Some("at line\n2".into()));
+        state.state(
+            RunState::Exited,
+            Some(ExitReason::Panic),
+            Some("at line\n2".into()),
+        );
         let mut text = String::new();
         file.rewind().unwrap();
         file.read_to_string(&mut text).unwrap();
-        let lines: Vec<StateLine> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let lines: Vec<StateLine> = text
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
         assert_eq!(lines.len(), 2);
         assert!(matches!(&lines[0], StateLine::Phase(mark) if mark.phase == Phase::FirstRun));
         assert!(matches!(&lines[1], StateLine::State(change) if change.reason == Some(ExitReason::Panic)));

@@ -45,11 +45,15 @@ struct Mailbox {
 
 impl Mailbox {
     fn lock(&self) -> MutexGuard<'_, States> {
-        self.states.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.states
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     fn wait<'a>(&self, states: MutexGuard<'a, States>) -> MutexGuard<'a, States> {
-        self.changed.wait(states).unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.changed
+            .wait(states)
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 
@@ -119,7 +123,11 @@ pub fn install_signal() -> Result<(), Error> {
         action.sa_sigaction = nothing as extern "C" fn(libc::c_int) as usize;
         libc::sigaction(kick_signal(), &action, std::ptr::null_mut())
     };
-    if result == 0 { Ok(()) } else { Err(Error::Signal(std::io::Error::last_os_error())) }
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(Error::Signal(std::io::Error::last_os_error()))
+    }
 }
 
 /// Starts the thread of vCPU `cpu`. `confine` runs first in it and puts it under its filter; when that fails
@@ -131,7 +139,10 @@ pub fn start(
     confine: impl FnOnce() -> Result<(), String> + Send + 'static,
 ) -> Result<Handle, Error> {
     let mailbox = Arc::new(Mailbox {
-        states: Mutex::new(States { wanted: Run::Running, actual: Run::Running }),
+        states: Mutex::new(States {
+            wanted: Run::Running,
+            actual: Run::Running,
+        }),
         changed: Condvar::new(),
     });
     let immediate_exit = ImmediateExit((&raw const vcpu.get_kvm_run().immediate_exit).cast());
@@ -143,7 +154,9 @@ pub fn start(
         .spawn(move || {
             match confine() {
                 Ok(()) => run(cpu, &mut vcpu, &shared, &inside, immediate_exit),
-                Err(error) => shared.exit.close(ExitReason::Error, Some(format!("vCPU {cpu}: {error}"))),
+                Err(error) => shared
+                    .exit
+                    .close(ExitReason::Error, Some(format!("vCPU {cpu}: {error}"))),
             }
             inside.lock().actual = Run::Stopped;
             inside.changed.notify_all();
@@ -152,7 +165,11 @@ pub fn start(
             std::mem::forget(vcpu);
         })
         .map_err(|source| Error::Spawn { cpu, source })?;
-    Ok(Handle { mailbox, immediate_exit, thread })
+    Ok(Handle {
+        mailbox,
+        immediate_exit,
+        thread,
+    })
 }
 
 impl Handle {
@@ -200,7 +217,9 @@ fn run(cpu: u8, vcpu: &mut VcpuFd, shared: &Shared, mailbox: &Mailbox, immediate
             Ok(VcpuExit::MmioWrite(address, data)) => bus.write(address, data),
             Ok(VcpuExit::Shutdown) => exit.close(ExitReason::TripleFault, Some(where_it_stands(cpu, vcpu))),
             Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen) => {}
-            Ok(VcpuExit::FailEntry(reason, _)) => failed(format!("KVM refused to enter the guest: {reason:#x}")),
+            Ok(VcpuExit::FailEntry(reason, _)) => {
+                failed(format!("KVM refused to enter the guest: {reason:#x}"))
+            }
             Ok(VcpuExit::InternalError) => {
                 let stands = where_it_stands(cpu, vcpu);
                 failed(format!("KVM cannot emulate what the guest does ({stands})"));

@@ -66,7 +66,11 @@ pub fn run(args: &VmArgs) -> Exit {
     }
     // The state file comes first, so that whatever fails afterwards is in it.
     let opened = Inherited::adopt(&args.fds).and_then(|mut inherited| {
-        let file = args.state_file.as_deref().map(|path| inherited.sink("state file", path)).transpose()?;
+        let file = args
+            .state_file
+            .as_deref()
+            .map(|path| inherited.sink("state file", path))
+            .transpose()?;
         let log = match args.log.as_deref() {
             Some(path) => inherited.sink("log", path)?,
             None => duplicate(std::io::stderr().lock())?,
@@ -91,7 +95,10 @@ fn failed(error: &Error, state: &mut StateFile) -> Exit {
     let text = error.to_string();
     eprintln!("mandoline-vmm: {text}");
     state.state(RunState::Exited, Some(ExitReason::Error), Some(text.clone()));
-    Exit { reason: ExitReason::Error, detail: Some(text) }
+    Exit {
+        reason: ExitReason::Error,
+        detail: Some(text),
+    }
 }
 
 fn start(
@@ -105,14 +112,21 @@ fn start(
     let vm_config = read_config(args, &mut inherited)?;
     let spec = config::open(&vm_config, &mut inherited)?;
     let terminal = terminal(args, &mut inherited)?;
-    let api = args.api_sock.as_deref().map(|path| api_socket(path, &mut inherited)).transpose()?;
+    let api = args
+        .api_sock
+        .as_deref()
+        .map(|path| api_socket(path, &mut inherited))
+        .transpose()?;
     phases.mark(Phase::ConfigRead);
 
     let kvm = machine::open_kvm(inherited.take("kvm"))?;
     let machine = machine::build(&kvm, spec, phases, args.boot_timer)?;
     end_on_panic(machine.shared.exit.clone());
 
-    let identity = args.jail_uid.zip(args.jail_gid).map(|(uid, gid)| Identity { uid, gid });
+    let identity = args
+        .jail_uid
+        .zip(args.jail_gid)
+        .map(|(uid, gid)| Identity { uid, gid });
     jail::enter(identity)?;
     let filters = args.seccomp == Switch::On;
     if filters {
@@ -133,8 +147,16 @@ fn start(
         phases: phases.clone(),
         signals,
         calls,
-        confine: if filters { Box::new(|| confine(Role::Devices)) } else { Box::new(|| Ok(())) },
-        confine_vcpu: if filters { || confine(Role::Vcpu) } else { || Ok(()) },
+        confine: if filters {
+            Box::new(|| confine(Role::Devices))
+        } else {
+            Box::new(|| Ok(()))
+        },
+        confine_vcpu: if filters {
+            || confine(Role::Vcpu)
+        } else {
+            || Ok(())
+        },
         boot_timer_from,
     };
     Ok(monitor::run(machine, parts)?)
@@ -156,7 +178,8 @@ fn read_config(args: &VmArgs, inherited: &mut Inherited) -> Result<VmConfig, Err
 
 fn duplicate(fd: impl std::os::fd::AsFd) -> Result<File, fds::Error> {
     let fd = fd.as_fd().try_clone_to_owned();
-    fd.map(File::from).map_err(|source| fds::open_error("log", "standard error".as_ref(), source))
+    fd.map(File::from)
+        .map_err(|source| fds::open_error("log", "standard error".as_ref(), source))
 }
 
 /// Connects the console. Descriptors that were handed over become non-blocking; standard input and output,
@@ -166,9 +189,15 @@ fn terminal(args: &VmArgs, inherited: &mut Inherited) -> Result<Terminal, Error>
         Some(path) => {
             let output = inherited.sink("serial", path)?;
             nonblocking(&output)?;
-            Ok(Terminal { input: None, output: Some(output) })
+            Ok(Terminal {
+                input: None,
+                output: Some(output),
+            })
         }
-        None => Ok(Terminal { input: reopen(0, OFlags::RDONLY), output: reopen(1, OFlags::WRONLY) }),
+        None => Ok(Terminal {
+            input: reopen(0, OFlags::RDONLY),
+            output: reopen(1, OFlags::WRONLY),
+        }),
     }
 }
 
@@ -209,8 +238,13 @@ fn start_api(
     let (calls, receiver) = channel();
     let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(host("eventfd"))?;
     let event = Arc::new(event);
-    let context =
-        routes::Context { id: args.id.clone(), config, calls, event: event.clone(), phases: phases.clone() };
+    let context = routes::Context {
+        id: args.id.clone(),
+        config,
+        calls,
+        event: event.clone(),
+        phases: phases.clone(),
+    };
     std::thread::Builder::new()
         .name("api".to_owned())
         .stack_size(256 << 10)

@@ -44,16 +44,25 @@ pub fn parse(bytes: &[u8]) -> Parsed {
         if header.name.eq_ignore_ascii_case("content-length") {
             match value.parse() {
                 Ok(bytes) => length = bytes,
-                Err(_) => return Parsed::Bad(400, format!("content-length is {value:?}; a number is needed")),
+                Err(_) => {
+                    return Parsed::Bad(400, format!("content-length is {value:?}; a number is needed"));
+                }
             }
         } else if header.name.eq_ignore_ascii_case("transfer-encoding") {
-            return Parsed::Bad(400, "transfer-encoding is not supported: send a content-length".to_owned());
+            return Parsed::Bad(
+                400,
+                "transfer-encoding is not supported: send a content-length".to_owned(),
+            );
         } else if header.name.eq_ignore_ascii_case("connection") {
             keep_alive = !value.eq_ignore_ascii_case("close");
         }
     }
-    let Some(end) = head.checked_add(length).filter(|end| *end <= MAX_REQUEST) else { return too_large() };
-    let Some(body) = bytes.get(head..end) else { return Parsed::Partial };
+    let Some(end) = head.checked_add(length).filter(|end| *end <= MAX_REQUEST) else {
+        return too_large();
+    };
+    let Some(body) = bytes.get(head..end) else {
+        return Parsed::Partial;
+    };
     let path = request.path.unwrap_or("/");
     Parsed::Whole(
         Request {
@@ -99,7 +108,9 @@ impl Response {
         );
         if self.status != 204 {
             let length = self.body.len();
-            head.push_str(&format!("Content-Type: application/json\r\nContent-Length: {length}\r\n"));
+            head.push_str(&format!(
+                "Content-Type: application/json\r\nContent-Length: {length}\r\n"
+            ));
         }
         head.push_str("\r\n");
         head.push_str(&self.body);
@@ -115,10 +126,16 @@ mod tests {
 
     #[test]
     fn requests_are_taken_whole() {
-        let text = b"PATCH /vm?x=1 HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nbodyGET / HTTP/1.1\r\n\r\n";
-        let Parsed::Whole(request, length) = parse(text) else { panic!("not whole") };
+        let text =
+            b"PATCH /vm?x=1 HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nbodyGET / HTTP/1.1\r\n\r\n";
+        let Parsed::Whole(request, length) = parse(text) else {
+            panic!("not whole")
+        };
         assert_eq!((request.method.as_str(), request.path.as_str()), ("PATCH", "/vm"));
-        assert_eq!((request.body.as_slice(), request.keep_alive), (&b"body"[..], true));
+        assert_eq!(
+            (request.body.as_slice(), request.keep_alive),
+            (&b"body"[..], true)
+        );
         assert!(matches!(parse(&text[length..]), Parsed::Whole(..)));
         for end in 0..length {
             assert_eq!(parse(&text[..end]), Parsed::Partial, "{end}");
@@ -135,7 +152,13 @@ mod tests {
         assert_eq!(bad("PUT / HTTP/1.1\r\nContent-Length: x\r\n\r\n"), 400);
         assert_eq!(bad("PUT / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"), 400);
         assert_eq!(bad("PUT / HTTP/1.1\r\nContent-Length: 99999999\r\n\r\n"), 413);
-        assert_eq!(bad(&format!("PUT / HTTP/1.1\r\nContent-Length: {}\r\n\r\n", usize::MAX)), 413);
+        assert_eq!(
+            bad(&format!(
+                "PUT / HTTP/1.1\r\nContent-Length: {}\r\n\r\n",
+                usize::MAX
+            )),
+            413
+        );
         assert_eq!(bad(&format!("GET /{}", "x".repeat(MAX_REQUEST))), 413);
     }
 

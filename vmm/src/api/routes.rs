@@ -37,21 +37,33 @@ pub fn answer(request: &Request, context: &Context) -> Response {
         ("GET", "/vm/config") => json(&context.config),
         ("GET", "/machine-config") => json(&context.config.machine_config),
         ("GET", "/metrics") => metrics(context),
-        ("PUT" | "PATCH", "/machine-config") => parse::<MachineConfig>(request).and_then(|_| too_late(request)),
+        ("PUT" | "PATCH", "/machine-config") => {
+            parse::<MachineConfig>(request).and_then(|_| too_late(request))
+        }
         ("PATCH", "/vm") => patch_vm(request, context),
         ("PUT", "/actions") => action(request, context),
         ("PUT" | "PATCH", path) if PRE_BOOT.iter().any(|known| path.starts_with(known)) => too_late(request),
-        ("GET" | "PUT" | "PATCH" | "DELETE", path) => {
-            Err(fault(404, format!("no such path or method: {} {path}", request.method)))
-        }
-        (method, _) => Err(fault(405, format!("method is {method:?}; allowed: GET, PUT, PATCH"))),
+        ("GET" | "PUT" | "PATCH" | "DELETE", path) => Err(fault(
+            404,
+            format!("no such path or method: {} {path}", request.method),
+        )),
+        (method, _) => Err(fault(
+            405,
+            format!("method is {method:?}; allowed: GET, PUT, PATCH"),
+        )),
     };
     result.unwrap_or_else(|refusal| refusal)
 }
 
 /// Firecracker's paths that configure before boot.
-const PRE_BOOT: [&str; 6] =
-    ["/boot-source", "/drives/", "/network-interfaces/", "/vsock", "/entropy", "/logger"];
+const PRE_BOOT: [&str; 6] = [
+    "/boot-source",
+    "/drives/",
+    "/network-interfaces/",
+    "/vsock",
+    "/entropy",
+    "/logger",
+];
 
 fn version() -> &'static str {
     env!("CARGO_PKG_VERSION")
@@ -70,13 +82,19 @@ fn json(value: &impl serde::Serialize) -> Result<Response, Response> {
 }
 
 fn done() -> Result<Response, Response> {
-    Ok(Response { status: 204, body: String::new() })
+    Ok(Response {
+        status: 204,
+        body: String::new(),
+    })
 }
 
 fn too_late(request: &Request) -> Result<Response, Response> {
     Err(fault(
         400,
-        format!("The requested operation is not supported after starting the microVM: {} {}", request.method, request.path),
+        format!(
+            "The requested operation is not supported after starting the microVM: {} {}",
+            request.method, request.path
+        ),
     ))
 }
 
@@ -160,7 +178,10 @@ mod tests {
                     monitor::Request::Resume => state = InstanceState::Running,
                     monitor::Request::Look => {}
                 }
-                let _ = answer.send(Report { state, console_lost: 0 });
+                let _ = answer.send(Report {
+                    state,
+                    console_lost: 0,
+                });
             }
         });
         Context {
@@ -173,8 +194,12 @@ mod tests {
     }
 
     fn call(context: &Context, method: &str, path: &str, body: &str) -> (u16, String) {
-        let request =
-            Request { method: method.into(), path: path.into(), body: body.into(), keep_alive: true };
+        let request = Request {
+            method: method.into(),
+            path: path.into(),
+            body: body.into(),
+            keep_alive: true,
+        };
         let response = answer(&request, context);
         (response.status, response.body)
     }
@@ -200,10 +225,22 @@ mod tests {
         for (method, path, body, status, word) in [
             ("PATCH", "/vm", r#"{"state":"Asleep"}"#, 400, "Asleep"),
             ("PATCH", "/vm", r#"{"state":"Paused","x":1}"#, 400, "`x`"),
-            ("PATCH", "/machine-config", r#"{"vcpu_count":2,"mem_size_mib":64}"#, 400, "after starting"),
+            (
+                "PATCH",
+                "/machine-config",
+                r#"{"vcpu_count":2,"mem_size_mib":64}"#,
+                400,
+                "after starting",
+            ),
             ("PUT", "/machine-config", r#"{"cpus":2}"#, 400, "cpus"),
             ("PUT", "/drives/root", "{}", 400, "after starting"),
-            ("PUT", "/actions", r#"{"action_type":"InstanceStart"}"#, 400, "after starting"),
+            (
+                "PUT",
+                "/actions",
+                r#"{"action_type":"InstanceStart"}"#,
+                400,
+                "after starting",
+            ),
             ("GET", "/nothing", "", 404, "/nothing"),
             ("BREW", "/", "", 405, "BREW"),
         ] {

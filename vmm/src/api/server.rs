@@ -27,7 +27,11 @@ pub fn serve(listener: &UnixListener, context: &Context) -> io::Result<()> {
     loop {
         let mut polled = vec![PollFd::new(listener, PollFlags::IN)];
         for connection in &connections {
-            let flags = if connection.to_send.is_empty() { PollFlags::IN } else { PollFlags::OUT };
+            let flags = if connection.to_send.is_empty() {
+                PollFlags::IN
+            } else {
+                PollFlags::OUT
+            };
             polled.push(PollFd::from_borrowed_fd(connection.stream.as_fd(), flags));
         }
         match rustix::event::poll(&mut polled, None) {
@@ -57,7 +61,12 @@ fn accept(listener: &UnixListener, connections: &mut Vec<Connection>) {
             let _ = stream.write(&Response { status: 503, body }.bytes(false));
             continue;
         }
-        connections.push(Connection { stream, received: Vec::new(), to_send: Vec::new(), last: false });
+        connections.push(Connection {
+            stream,
+            received: Vec::new(),
+            to_send: Vec::new(),
+            last: false,
+        });
     }
 }
 
@@ -98,5 +107,8 @@ fn attend(connection: &mut Connection, context: &Context) -> bool {
 }
 
 fn would_block(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+    )
 }

@@ -31,7 +31,11 @@ pub fn shape(supported: &CpuId, cpu: u8, count: u8, tsc_khz: u32, tsc_deadline: 
                     // a kernel needs no PIT and calibrates no APIC timer.
                     entry.ecx |= 1 << 24;
                 }
-                let topology = if count > 1 { u32::from(count.next_power_of_two()) << 16 } else { 1 << 16 };
+                let topology = if count > 1 {
+                    u32::from(count.next_power_of_two()) << 16
+                } else {
+                    1 << 16
+                };
                 entry.ebx = u32::from(cpu) << 24 | topology | entry.ebx & 0xffff;
                 if count > 1 {
                     entry.edx |= 1 << 28; // the count above is meant
@@ -87,6 +91,20 @@ pub fn shape(supported: &CpuId, cpu: u8, count: u8, tsc_khz: u32, tsc_deadline: 
     CpuId::from_entries(&entries).unwrap_or_else(|_| supported.clone())
 }
 
+/// The state components that XCR0 may name; `None` where the CPU has no XSAVE.
+pub fn xsave_features(cpuid: &CpuId) -> Option<u64> {
+    const XSAVE: u32 = 1 << 26;
+    let entries = cpuid.as_slice();
+    entries
+        .iter()
+        .find(|entry| entry.function == 1)
+        .filter(|entry| entry.ecx & XSAVE != 0)?;
+    let leaf = entries
+        .iter()
+        .find(|entry| entry.function == 0xd && entry.index == 0)?;
+    Some(u64::from(leaf.edx) << 32 | u64::from(leaf.eax))
+}
+
 #[cfg(test)]
 mod tests {
     use kvm_bindings::KVM_CPUID_FLAG_SIGNIFCANT_INDEX;
@@ -97,7 +115,11 @@ mod tests {
         let entry = |function, index, eax, ebx, ecx, edx| kvm_cpuid_entry2 {
             function,
             index,
-            flags: if matches!(function, 4 | 7 | 0xb | 0xd) { KVM_CPUID_FLAG_SIGNIFCANT_INDEX } else { 0 },
+            flags: if matches!(function, 4 | 7 | 0xb | 0xd) {
+                KVM_CPUID_FLAG_SIGNIFCANT_INDEX
+            } else {
+                0
+            },
             eax,
             ebx,
             ecx,
@@ -118,7 +140,11 @@ mod tests {
     }
 
     fn leaf(cpuid: &CpuId, function: u32, index: u32) -> Option<kvm_cpuid_entry2> {
-        cpuid.as_slice().iter().find(|entry| entry.function == function && entry.index == index).copied()
+        cpuid
+            .as_slice()
+            .iter()
+            .find(|entry| entry.function == function && entry.index == index)
+            .copied()
     }
 
     #[test]

@@ -31,7 +31,9 @@ pub enum Error {
         source: std::io::Error,
     },
     /// Not ELF for x86-64.
-    #[error("kernel image: {what} is {value:#x}, not {wanted:#x}: an uncompressed 64-bit x86 ELF `vmlinux` is needed")]
+    #[error(
+        "kernel image: {what} is {value:#x}, not {wanted:#x}: an uncompressed 64-bit x86 ELF `vmlinux` is needed"
+    )]
     NotX86Elf {
         /// Which field.
         what: &'static str,
@@ -49,7 +51,9 @@ pub enum Error {
         value: u64,
     },
     /// No PVH entry.
-    #[error("kernel image has no PVH entry note (XEN_ELFNOTE_PHYS32_ENTRY): build the kernel with CONFIG_PVH=y")]
+    #[error(
+        "kernel image has no PVH entry note (XEN_ELFNOTE_PHYS32_ENTRY): build the kernel with CONFIG_PVH=y"
+    )]
     NoPvh,
 }
 
@@ -86,20 +90,38 @@ pub struct Image {
 pub fn read(file: &File) -> Result<Image, Error> {
     let mut header = [0u8; HEADER_BYTES];
     read_at(file, &mut header, 0)?;
-    expect("magic", u64::from(u32_at(&header, 0)), u64::from(u32::from_le_bytes(*b"\x7fELF")))?;
+    expect(
+        "magic",
+        u64::from(u32_at(&header, 0)),
+        u64::from(u32::from_le_bytes(*b"\x7fELF")),
+    )?;
     expect("class", u64::from(header[4]), 2)?;
     expect("byte order", u64::from(header[5]), 1)?;
-    expect("machine", u64::from(u16_at(&header, 18)), u64::from(MACHINE_X86_64))?;
-    expect("program header size", u64::from(u16_at(&header, 54)), SEGMENT_BYTES as u64)?;
+    expect(
+        "machine",
+        u64::from(u16_at(&header, 18)),
+        u64::from(MACHINE_X86_64),
+    )?;
+    expect(
+        "program header size",
+        u64::from(u16_at(&header, 54)),
+        SEGMENT_BYTES as u64,
+    )?;
     let table = u64_at(&header, 32);
     let count = u16_at(&header, 56);
     if count == 0 || count > MAX_SEGMENTS {
-        return Err(Error::Range { what: "number of segments", value: u64::from(count) });
+        return Err(Error::Range {
+            what: "number of segments",
+            value: u64::from(count),
+        });
     }
     let mut headers = vec![0u8; usize::from(count) * SEGMENT_BYTES];
     read_at(file, &mut headers, table)?;
 
-    let mut image = Image { segments: Vec::new(), pvh_entry: 0 };
+    let mut image = Image {
+        segments: Vec::new(),
+        pvh_entry: 0,
+    };
     let mut entry = None;
     for header in headers.chunks_exact(SEGMENT_BYTES) {
         let segment = Segment {
@@ -118,11 +140,21 @@ pub fn read(file: &File) -> Result<Image, Error> {
         }
     }
     if image.segments.is_empty() {
-        return Err(Error::Range { what: "number of loadable segments", value: 0 });
+        return Err(Error::Range {
+            what: "number of loadable segments",
+            value: 0,
+        });
     }
     image.pvh_entry = entry.ok_or(Error::NoPvh)?;
-    if !image.segments.iter().any(|s| (s.address..s.end()).contains(&image.pvh_entry)) {
-        return Err(Error::Range { what: "PVH entry", value: image.pvh_entry });
+    if !image
+        .segments
+        .iter()
+        .any(|s| (s.address..s.end()).contains(&image.pvh_entry))
+    {
+        return Err(Error::Range {
+            what: "PVH entry",
+            value: image.pvh_entry,
+        });
     }
     Ok(image)
 }
@@ -146,7 +178,10 @@ fn checked(segment: &Segment) -> Result<(), Error> {
 
 fn pvh_entry(file: &File, segment: &Segment) -> Result<Option<u64>, Error> {
     if segment.file_bytes > MAX_NOTES {
-        return Err(Error::Range { what: "size of the notes", value: segment.file_bytes });
+        return Err(Error::Range {
+            what: "size of the notes",
+            value: segment.file_bytes,
+        });
     }
     let mut notes = vec![0u8; segment.file_bytes as usize];
     read_at(file, &mut notes, segment.offset)?;
@@ -156,16 +191,24 @@ fn pvh_entry(file: &File, segment: &Segment) -> Result<Option<u64>, Error> {
         let name_bytes = u32_at(rest, 0) as usize;
         let data_bytes = u32_at(rest, 4) as usize;
         let kind = u32_at(rest, 8);
-        let data_at = name_bytes.checked_next_multiple_of(4).and_then(|n| n.checked_add(12));
+        let data_at = name_bytes
+            .checked_next_multiple_of(4)
+            .and_then(|n| n.checked_add(12));
         let next = data_at.and_then(|at| at.checked_add(data_bytes.checked_next_multiple_of(4)?));
         let (Some(data_at), Some(next)) = (data_at, next) else {
-            return Err(Error::Range { what: "size of a note", value: data_bytes as u64 });
+            return Err(Error::Range {
+                what: "size of a note",
+                value: data_bytes as u64,
+            });
         };
         if kind == NOTE_PHYS32_ENTRY && rest.get(12..16) == Some(b"Xen\0") && name_bytes == 4 {
             return match (data_bytes, rest.get(data_at..data_at + data_bytes.min(8))) {
                 (4, Some(data)) => Ok(Some(u64::from(u32_at(data, 0)))),
                 (8, Some(data)) => Ok(Some(u64_at(data, 0))),
-                _ => Err(Error::Range { what: "size of the PVH note", value: data_bytes as u64 }),
+                _ => Err(Error::Range {
+                    what: "size of the PVH note",
+                    value: data_bytes as u64,
+                }),
             };
         }
         rest = rest.get(next..).unwrap_or_default();
@@ -174,11 +217,19 @@ fn pvh_entry(file: &File, segment: &Segment) -> Result<Option<u64>, Error> {
 }
 
 fn expect(what: &'static str, value: u64, wanted: u64) -> Result<(), Error> {
-    if value == wanted { Ok(()) } else { Err(Error::NotX86Elf { what, value, wanted }) }
+    if value == wanted {
+        Ok(())
+    } else {
+        Err(Error::NotX86Elf { what, value, wanted })
+    }
 }
 
 fn read_at(file: &File, buffer: &mut [u8], offset: u64) -> Result<(), Error> {
-    file.read_exact_at(buffer, offset).map_err(|source| Error::Read { offset, bytes: buffer.len(), source })
+    file.read_exact_at(buffer, offset).map_err(|source| Error::Read {
+        offset,
+        bytes: buffer.len(),
+        source,
+    })
 }
 
 fn u16_at(bytes: &[u8], at: usize) -> u16 {
@@ -211,9 +262,18 @@ pub fn tiny(code: &[u8], address: u64) -> Vec<u8> {
         image[at + 32..at + 40].copy_from_slice(&bytes.to_le_bytes());
         image[at + 40..at + 48].copy_from_slice(&bytes.to_le_bytes());
     };
-    put(HEADER_BYTES, SEGMENT_LOAD, CODE_AT as u64, address, code.len() as u64);
+    put(
+        HEADER_BYTES,
+        SEGMENT_LOAD,
+        CODE_AT as u64,
+        address,
+        code.len() as u64,
+    );
     put(HEADER_BYTES + SEGMENT_BYTES, SEGMENT_NOTE, 0x200, 0, 20);
-    let note: Vec<u8> = [4u32, 4, NOTE_PHYS32_ENTRY].iter().flat_map(|word| word.to_le_bytes()).collect();
+    let note: Vec<u8> = [4u32, 4, NOTE_PHYS32_ENTRY]
+        .iter()
+        .flat_map(|word| word.to_le_bytes())
+        .collect();
     image[0x200..0x20c].copy_from_slice(&note);
     image[0x20c..0x210].copy_from_slice(b"Xen\0");
     image[0x210..0x214].copy_from_slice(&(address as u32).to_le_bytes());
@@ -239,7 +299,12 @@ mod tests {
     fn a_small_image_is_read() {
         let image = read(&file(&tiny(&[0xf4; 100], 0x10_0000))).unwrap();
         assert_eq!(image.pvh_entry, 0x10_0000);
-        let segment = Segment { offset: 0x1000, address: 0x10_0000, file_bytes: 100, memory_bytes: 100 };
+        let segment = Segment {
+            offset: 0x1000,
+            address: 0x10_0000,
+            file_bytes: 100,
+            memory_bytes: 100,
+        };
         assert_eq!(image.segments, [segment]);
     }
 
@@ -255,7 +320,13 @@ mod tests {
         assert!(matches!(read(&file(&bare)), Err(Error::NoPvh)));
         let mut overflow = tiny(&[0xf4], 0x10_0000);
         overflow[64 + 40..64 + 48].fill(0xff);
-        assert!(matches!(read(&file(&overflow)), Err(Error::Range { what: "size of a segment", .. })));
+        assert!(matches!(
+            read(&file(&overflow)),
+            Err(Error::Range {
+                what: "size of a segment",
+                ..
+            })
+        ));
     }
 
     proptest! {

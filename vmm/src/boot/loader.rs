@@ -34,7 +34,9 @@ pub enum Error {
     #[error(transparent)]
     Image(#[from] elf::Error),
     /// A segment lies where there is no RAM.
-    #[error("kernel segment {start:#x}..{end:#x} does not fit in guest RAM {low:#x}..{high:#x}: give the machine more memory")]
+    #[error(
+        "kernel segment {start:#x}..{end:#x} does not fit in guest RAM {low:#x}..{high:#x}: give the machine more memory"
+    )]
     Outside {
         /// First address.
         start: u64,
@@ -62,7 +64,9 @@ pub enum Error {
         detail: String,
     },
     /// The initial RAM disk does not fit.
-    #[error("initial RAM disk of {bytes} bytes does not fit above the kernel's end {kernel_end:#x} in RAM up to {high:#x}")]
+    #[error(
+        "initial RAM disk of {bytes} bytes does not fit above the kernel's end {kernel_end:#x} in RAM up to {high:#x}"
+    )]
     Initrd {
         /// Its size.
         bytes: u64,
@@ -129,7 +133,10 @@ fn map_segment(memory: &Memory, file: &File, segment: &elf::Segment) -> Result<u
         )
     };
     if mapped == libc::MAP_FAILED {
-        return Err(Error::Map { bytes, source: std::io::Error::last_os_error() });
+        return Err(Error::Map {
+            bytes,
+            source: std::io::Error::last_os_error(),
+        });
     }
     Ok(bytes)
 }
@@ -142,9 +149,16 @@ fn read_rest(memory: &Memory, file: &File, segment: &elf::Segment, done: u64) ->
     let mut buffer = vec![0u8; left.min(64 << 10) as usize];
     while left > 0 {
         let now = left.min(buffer.len() as u64) as usize;
-        std::os::unix::fs::FileExt::read_exact_at(file, &mut buffer[..now], offset)
-            .map_err(|source| elf::Error::Read { offset, bytes: now, source })?;
-        memory.write_slice(&buffer[..now], GuestAddress(address)).map_err(write_error("kernel"))?;
+        std::os::unix::fs::FileExt::read_exact_at(file, &mut buffer[..now], offset).map_err(|source| {
+            elf::Error::Read {
+                offset,
+                bytes: now,
+                source,
+            }
+        })?;
+        memory
+            .write_slice(&buffer[..now], GuestAddress(address))
+            .map_err(write_error("kernel"))?;
         offset += now as u64;
         address += now as u64;
         left -= now as u64;
@@ -156,30 +170,48 @@ fn read_rest(memory: &Memory, file: &File, segment: &elf::Segment, done: u64) ->
 pub fn initrd(memory: &Memory, mut file: &File, kernel_end: u64) -> Result<(u64, u64), Error> {
     let bytes = file
         .metadata()
-        .map_err(|source| Error::Write { what: "initial RAM disk", detail: source.to_string() })?
+        .map_err(|source| Error::Write {
+            what: "initial RAM disk",
+            detail: source.to_string(),
+        })?
         .len();
     let high = low_ram_end(memory);
-    let start = high.checked_sub(bytes).map(|start| start / PAGE * PAGE).filter(|start| *start >= kernel_end);
-    let start = start.ok_or(Error::Initrd { bytes, kernel_end, high })?;
-    let mut target: VolatileSlice =
-        memory.get_slice(GuestAddress(start), bytes as usize).map_err(write_error("initial RAM disk"))?;
-    file.read_exact_volatile(&mut target).map_err(|error| write_error("initial RAM disk")(error))?;
+    let start = high
+        .checked_sub(bytes)
+        .map(|start| start / PAGE * PAGE)
+        .filter(|start| *start >= kernel_end);
+    let start = start.ok_or(Error::Initrd {
+        bytes,
+        kernel_end,
+        high,
+    })?;
+    let mut target: VolatileSlice = memory
+        .get_slice(GuestAddress(start), bytes as usize)
+        .map_err(write_error("initial RAM disk"))?;
+    file.read_exact_volatile(&mut target)
+        .map_err(|error| write_error("initial RAM disk")(error))?;
     Ok((start, bytes))
 }
 
 /// The command line with an entry for each virtio device: (window, interrupt line).
 pub fn command_line(arguments: &str, devices: &[(u64, u32)]) -> Result<Cmdline, Error> {
-    let failed = |source| Error::CommandLine { bytes: arguments.len(), source };
+    let failed = |source| Error::CommandLine {
+        bytes: arguments.len(),
+        source,
+    };
     let mut line = Cmdline::try_from(arguments, COMMAND_LINE_SIZE).map_err(failed)?;
     for (window, gsi) in devices {
-        line.add_virtio_mmio_device(MMIO_WINDOW, GuestAddress(*window), *gsi, None).map_err(failed)?;
+        line.add_virtio_mmio_device(MMIO_WINDOW, GuestAddress(*window), *gsi, None)
+            .map_err(failed)?;
     }
     Ok(line)
 }
 
 /// Writes command line, memory map, MP table and `hvm_start_info`.
 pub fn tables(memory: &Memory, line: &Cmdline, initrd: Option<(u64, u64)>, vcpus: u8) -> Result<(), Error> {
-    let text = line.as_cstring().map_err(|source| Error::CommandLine { bytes: 0, source })?;
+    let text = line
+        .as_cstring()
+        .map_err(|source| Error::CommandLine { bytes: 0, source })?;
     memory
         .write_slice(text.as_bytes_with_nul(), GuestAddress(COMMAND_LINE))
         .map_err(write_error("command line"))?;
@@ -196,8 +228,14 @@ pub fn tables(memory: &Memory, line: &Cmdline, initrd: Option<(u64, u64)>, vcpus
         memmap_entries: map.len() as u32,
         ..Default::default()
     };
-    let modules: Vec<hvm_modlist_entry> =
-        initrd.iter().map(|(paddr, size)| hvm_modlist_entry { paddr: *paddr, size: *size, ..Default::default() }).collect();
+    let modules: Vec<hvm_modlist_entry> = initrd
+        .iter()
+        .map(|(paddr, size)| hvm_modlist_entry {
+            paddr: *paddr,
+            size: *size,
+            ..Default::default()
+        })
+        .collect();
     if !modules.is_empty() {
         start.nr_modules = modules.len() as u32;
         start.modlist_paddr = MODULE_LIST;
@@ -212,7 +250,12 @@ pub fn tables(memory: &Memory, line: &Cmdline, initrd: Option<(u64, u64)>, vcpus
 
 /// RAM as the guest is told of it: base memory, high memory up to the hole, and what lies above it.
 fn memory_map(memory: &Memory) -> Vec<hvm_memmap_table_entry> {
-    let ram = |addr, size| hvm_memmap_table_entry { addr, size, type_: MAP_RAM, reserved: 0 };
+    let ram = |addr, size| hvm_memmap_table_entry {
+        addr,
+        size,
+        type_: MAP_RAM,
+        reserved: 0,
+    };
     let mut map = vec![ram(0, MP_TABLE)];
     for region in memory.iter() {
         let start = region.start_addr().raw_value();
@@ -230,7 +273,10 @@ fn low_ram_end(memory: &Memory) -> u64 {
 }
 
 fn write_error<E: std::fmt::Display>(what: &'static str) -> impl Fn(E) -> Error {
-    move |error| Error::Write { what, detail: error.to_string() }
+    move |error| Error::Write {
+        what,
+        detail: error.to_string(),
+    }
 }
 
 #[cfg(test)]
@@ -292,6 +338,9 @@ mod tests {
         let memory = crate::memory::create(16 << 20).unwrap();
         let (start, bytes) = initrd(&memory, &file(&[5; 5000]), HIGH_RAM).unwrap();
         assert_eq!((start, bytes), ((16 << 20) - 8192, 5000));
-        assert!(matches!(initrd(&memory, &file(&[5; 5000]), 16 << 20), Err(Error::Initrd { .. })));
+        assert!(matches!(
+            initrd(&memory, &file(&[5; 5000]), 16 << 20),
+            Err(Error::Initrd { .. })
+        ));
     }
 }

@@ -53,7 +53,16 @@ pub fn build(vcpus: u8) -> Result<Vec<u8>, TableTooLong> {
     // KVM routes line n to pin n by default. Zero flags: as the ISA bus has it, edge-triggered and active
     // high, which is what an irqfd gives.
     for line in 0..IOAPIC_PINS as u8 {
-        entries.extend([ENTRY_INTERRUPT, INTERRUPT_VECTORED, 0, 0, ISA_BUS, line, ioapic_id, line]);
+        entries.extend([
+            ENTRY_INTERRUPT,
+            INTERRUPT_VECTORED,
+            0,
+            0,
+            ISA_BUS,
+            line,
+            ioapic_id,
+            line,
+        ]);
         count += 1;
     }
     entries.extend([ENTRY_LOCAL_INTERRUPT, INTERRUPT_EXTERNAL, 0, 0, ISA_BUS, 0, 0, 0]);
@@ -95,7 +104,10 @@ pub fn build(vcpus: u8) -> Result<Vec<u8>, TableTooLong> {
 
 /// The byte that makes all bytes sum to zero.
 fn checksum(bytes: &[u8]) -> u8 {
-    bytes.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)).wrapping_neg()
+    bytes
+        .iter()
+        .fold(0u8, |sum, byte| sum.wrapping_add(*byte))
+        .wrapping_neg()
 }
 
 #[cfg(test)]
@@ -110,7 +122,10 @@ mod tests {
             let sum = |bytes: &[u8]| bytes.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte));
             assert_eq!(sum(&table[..16]), 0);
             assert_eq!(sum(&table[16..]), 0);
-            assert_eq!(usize::from(u16::from_le_bytes([table[20], table[21]])), table.len() - 16);
+            assert_eq!(
+                usize::from(u16::from_le_bytes([table[20], table[21]])),
+                table.len() - 16
+            );
             let (mut at, mut seen) = (16 + 44, 0);
             while at < table.len() {
                 at += if table[at] == ENTRY_CPU { 20 } else { 8 };

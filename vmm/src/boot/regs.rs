@@ -4,7 +4,7 @@
 //! segments, EBX the address of `hvm_start_info`, interrupts off. Application processors wait for their SIPI,
 //! which KVM's local APIC does by itself.
 
-use kvm_bindings::{Msrs, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment};
+use kvm_bindings::{Msrs, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment, kvm_xcr, kvm_xcrs};
 use kvm_ioctls::VcpuFd;
 
 use crate::boot::layout::START_INFO;
@@ -37,6 +37,29 @@ pub struct Error {
     source: kvm_ioctls::Error,
 }
 
+/// x87, SSE and AVX: what XCR0 is set to as far as the CPU has it.
+const XCR0_COMMON: u64 = 7;
+
+/// Sets XCR0 to what every kernel will choose first. Under emulated SVM (QEMU's TCG) KVM never hears of the
+/// guest's own XSETBV, its CPUID leaf 0xd keeps the size of the reset state, and Linux warns at length that its
+/// XSAVE areas are inconsistent; with this they agree from the start. Elsewhere the guest just sets it again.
+pub fn set_xcr0(vcpu: &VcpuFd, cpu: u8, supported: u64) -> Result<(), Error> {
+    let mut xcrs = kvm_xcrs {
+        nr_xcrs: 1,
+        ..Default::default()
+    };
+    xcrs.xcrs[0] = kvm_xcr {
+        xcr: 0,
+        reserved: 0,
+        value: supported & XCR0_COMMON,
+    };
+    vcpu.set_xcrs(&xcrs).map_err(|source| Error {
+        call: "KVM_SET_XCRS",
+        cpu,
+        source,
+    })
+}
+
 /// Sets the registers of one vCPU; the boot processor (0) starts at the guest-physical address `entry`.
 pub fn set(vcpu: &VcpuFd, cpu: u8, entry: u64) -> Result<(), Error> {
     let failed = |call| move |source| Error { call, cpu, source };
@@ -45,21 +68,42 @@ pub fn set(vcpu: &VcpuFd, cpu: u8, entry: u64) -> Result<(), Error> {
     if cpu != 0 {
         return Ok(());
     }
-    let fpu = kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() };
+    let fpu = kvm_fpu {
+        fcw: 0x37f,
+        mxcsr: 0x1f80,
+        ..Default::default()
+    };
     vcpu.set_fpu(&fpu).map_err(failed("KVM_SET_FPU"))?;
 
     let mut sregs = vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
     // The segments live in the hidden registers alone: the kernel loads its own GDT before it touches one.
     sregs.cs = flat(0x8, 0xb);
-    for segment in [&mut sregs.ds, &mut sregs.es, &mut sregs.fs, &mut sregs.gs, &mut sregs.ss] {
+    for segment in [
+        &mut sregs.ds,
+        &mut sregs.es,
+        &mut sregs.fs,
+        &mut sregs.gs,
+        &mut sregs.ss,
+    ] {
         *segment = flat(0x10, 0x3);
     }
-    sregs.tr = kvm_segment { limit: 0x67, type_: 0xb, present: 1, selector: 0x18, ..Default::default() };
+    sregs.tr = kvm_segment {
+        limit: 0x67,
+        type_: 0xb,
+        present: 1,
+        selector: 0x18,
+        ..Default::default()
+    };
     sregs.cr0 = CR0_PE | CR0_ET;
     sregs.cr4 = 0;
     sregs.efer = 0;
     vcpu.set_sregs(&sregs).map_err(failed("KVM_SET_SREGS"))?;
-    let regs = kvm_regs { rip: entry, rbx: START_INFO, rflags: RFLAGS_RESERVED, ..Default::default() };
+    let regs = kvm_regs {
+        rip: entry,
+        rbx: START_INFO,
+        rflags: RFLAGS_RESERVED,
+        ..Default::default()
+    };
     vcpu.set_regs(&regs).map_err(failed("KVM_SET_REGS"))
 }
 
@@ -78,9 +122,15 @@ fn flat(selector: u16, type_: u8) -> kvm_segment {
 }
 
 fn set_msrs(vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
-    let entry = |index, data| kvm_msr_entry { index, data, ..Default::default() };
-    let entries =
-        [entry(MSR_MTRR_DEFAULT, MTRR_ON_WRITE_BACK), entry(MSR_MISC_ENABLE, MISC_ENABLE_FAST_STRING)];
+    let entry = |index, data| kvm_msr_entry {
+        index,
+        data,
+        ..Default::default()
+    };
+    let entries = [
+        entry(MSR_MTRR_DEFAULT, MTRR_ON_WRITE_BACK),
+        entry(MSR_MISC_ENABLE, MISC_ENABLE_FAST_STRING),
+    ];
     let msrs = Msrs::from_entries(&entries).map_err(|_| kvm_ioctls::Error::new(libc::ENOMEM))?;
     // KVM stops at the first that it does not know and says how many it took: both are conveniences.
     vcpu.set_msrs(&msrs).map(|_| ())
@@ -95,7 +145,11 @@ fn set_lapic(vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
             *byte = *register as u8;
         }
         let value = u32::from_le_bytes(bytes) & !DELIVERY_MASK | mode;
-        for (byte, register) in value.to_le_bytes().into_iter().zip(&mut lapic.regs[offset..offset + 4]) {
+        for (byte, register) in value
+            .to_le_bytes()
+            .into_iter()
+            .zip(&mut lapic.regs[offset..offset + 4])
+        {
             *register = byte as _;
         }
     }

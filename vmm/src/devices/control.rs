@@ -4,7 +4,8 @@
 use std::sync::Arc;
 
 use mandoline_api::monitor::{
-    BOOT_TIMER_OFFSET, BOOT_TIMER_VALUE, EXIT_PANIC, EXIT_POWEROFF, EXIT_REASON_OFFSET, EXIT_REBOOT, ExitReason, Phase,
+    BOOT_TIMER_OFFSET, BOOT_TIMER_VALUE, EXIT_PANIC, EXIT_POWEROFF, EXIT_REASON_OFFSET, EXIT_REBOOT,
+    ExitReason, Phase,
 };
 use vmm_sys_util::eventfd::EventFd;
 
@@ -37,7 +38,13 @@ impl Control {
         boot_timer: bool,
     ) -> std::io::Result<Self> {
         let marked = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        Ok(Self { exit, phases, console, boot_timer, marked })
+        Ok(Self {
+            exit,
+            phases,
+            console,
+            boot_timer,
+            marked,
+        })
     }
 
     /// Readable after the boot timer was stopped.
@@ -83,7 +90,12 @@ mod tests {
         let console = Console::new(phases.clone()).unwrap();
         let exit = Arc::new(ExitLatch::new().unwrap());
         let uart = Uart::new(EventFd::new(0).unwrap(), console.clone());
-        (Control::new(exit.clone(), phases.clone(), console, boot_timer).unwrap(), uart, exit, phases)
+        (
+            Control::new(exit.clone(), phases.clone(), console, boot_timer).unwrap(),
+            uart,
+            exit,
+            phases,
+        )
     }
 
     #[test]
@@ -102,9 +114,11 @@ mod tests {
 
     #[test]
     fn reasons_are_told_apart() {
-        for (value, reason) in
-            [(1, ExitReason::Shutdown), (2, ExitReason::Reboot), (3, ExitReason::Panic)]
-        {
+        for (value, reason) in [
+            (1, ExitReason::Shutdown),
+            (2, ExitReason::Reboot),
+            (3, ExitReason::Panic),
+        ] {
             let (control, _, exit, _) = control(false);
             control.page_write(8, value);
             assert_eq!(exit.get().unwrap().reason, reason);

@@ -18,8 +18,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use mandoline_api::monitor::Phase;
-use vm_superio::serial::{Serial, SerialEvents};
 use vm_superio::Trigger;
+use vm_superio::serial::{Serial, SerialEvents};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::state::Phases;
@@ -51,11 +51,18 @@ impl Console {
     /// An empty console.
     pub fn new(phases: Arc<Phases>) -> io::Result<Arc<Self>> {
         let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
-        Ok(Arc::new(Self { buffers: Mutex::default(), output: event()?, room: event()?, phases }))
+        Ok(Arc::new(Self {
+            buffers: Mutex::default(),
+            output: event()?,
+            room: event()?,
+            phases,
+        }))
     }
 
     fn buffers(&self) -> MutexGuard<'_, Buffers> {
-        self.buffers.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.buffers
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     fn push(&self, bytes: &[u8]) {
@@ -183,7 +190,9 @@ impl Uart {
     }
 
     fn registers(&self) -> MutexGuard<'_, Serial<Line, Output, Output>> {
-        self.registers.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.registers
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// The guest writes a register.
@@ -239,7 +248,11 @@ mod tests {
         for byte in b"Kernel panic" {
             uart.write(0, *byte);
         }
-        assert_eq!(console.output.read().unwrap(), 1, "one wake for the first byte only");
+        assert_eq!(
+            console.output.read().unwrap(),
+            1,
+            "one wake for the first byte only"
+        );
         let mut sink = Vec::new();
         console.drain(&mut sink).unwrap();
         assert_eq!(sink, b"Kernel panic");
@@ -275,7 +288,10 @@ mod tests {
         }
         let console = console();
         console.push(b"abcdef");
-        assert_eq!(console.drain(&mut Stuck(Vec::new())).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        assert_eq!(
+            console.drain(&mut Stuck(Vec::new())).unwrap_err().kind(),
+            io::ErrorKind::WouldBlock
+        );
         let mut sink = Vec::new();
         console.drain(&mut sink).unwrap();
         assert_eq!(sink, b"def");

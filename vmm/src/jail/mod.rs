@@ -36,7 +36,14 @@ pub struct Identity {
 }
 
 fn check(step: &'static str, result: libc::c_int) -> Result<(), Error> {
-    if result == 0 { Ok(()) } else { Err(Error { step, source: io::Error::last_os_error() }) }
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(Error {
+            step,
+            source: io::Error::last_os_error(),
+        })
+    }
 }
 
 /// Gives up the file system and every privilege. Must run before any other thread is started.
@@ -59,7 +66,10 @@ pub fn enter(identity: Option<Identity>) -> Result<(), Error> {
         check("no_new_privs", libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?;
         check("dumpable", libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0))?;
     }
-    let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    let none = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
     // SAFETY: setrlimit reads one rlimit.
     check("core limit", unsafe { libc::setrlimit(libc::RLIMIT_CORE, &none) })
 }
@@ -67,7 +77,11 @@ pub fn enter(identity: Option<Identity>) -> Result<(), Error> {
 /// Makes an empty directory the root and deletes it.
 fn empty_root() -> Result<(), Error> {
     let failed = |step| move |source| Error { step, source };
-    let template = if std::path::Path::new("/run").is_dir() { "/run" } else { "/tmp" };
+    let template = if std::path::Path::new("/run").is_dir() {
+        "/run"
+    } else {
+        "/tmp"
+    };
     let template = CString::new(format!("{template}/mandoline-root-XXXXXX"))
         .map_err(|error| failed("name of the empty root")(error.into()))?;
     let mut name = template.into_bytes_with_nul();
@@ -95,7 +109,10 @@ fn drop_bounding_set() -> Result<(), Error> {
             if source.raw_os_error() == Some(libc::EINVAL) {
                 break;
             }
-            return Err(Error { step: "capability bounding set", source });
+            return Err(Error {
+                step: "capability bounding set",
+                source,
+            });
         }
     }
     Ok(())
@@ -109,7 +126,10 @@ fn drop_capabilities() -> Result<(), Error> {
         pid: i32,
     }
     const VERSION_3: u32 = 0x2008_0522;
-    let header = Header { version: VERSION_3, pid: 0 };
+    let header = Header {
+        version: VERSION_3,
+        pid: 0,
+    };
     // effective, permitted, inheritable, twice
     let none = [0u32; 6];
     // SAFETY: capset reads the header and two data structures of three words each.

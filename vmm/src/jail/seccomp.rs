@@ -104,14 +104,23 @@ const API: &[libc::c_long] = &[
 fn ioctls(role: Role) -> &'static [u64] {
     match role {
         // A driver that becomes ready or resets its device does so in a vCPU's thread.
-        Role::Vcpu => &[KVM_RUN, KVM_GET_REGS, KVM_GET_SREGS, KVM_KVMCLOCK_CTRL, TUNSETOFFLOAD],
+        Role::Vcpu => &[
+            KVM_RUN,
+            KVM_GET_REGS,
+            KVM_GET_SREGS,
+            KVM_KVMCLOCK_CTRL,
+            TUNSETOFFLOAD,
+        ],
         Role::Devices | Role::Api => &[FIONBIO],
     }
 }
 
 /// The filter of a role.
 pub fn program(role: Role) -> Result<BpfProgram, Error> {
-    let failed = |error: seccompiler::BackendError| Error { role, source: error.into() };
+    let failed = |error: seccompiler::BackendError| Error {
+        role,
+        source: error.into(),
+    };
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
     let own = match role {
         Role::Vcpu => &[],
@@ -127,7 +136,12 @@ pub fn program(role: Role) -> Result<BpfProgram, Error> {
     let rule = |conditions| SeccompRule::new(conditions).map_err(failed);
     let mut requests = Vec::new();
     for request in ioctls(role) {
-        requests.push(rule(vec![condition(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, *request)?])?);
+        requests.push(rule(vec![condition(
+            1,
+            SeccompCmpArgLen::Dword,
+            SeccompCmpOp::Eq,
+            *request,
+        )?])?);
     }
     rules.insert(libc::SYS_ioctl, requests);
     // Memory for the allocator, never executable.
@@ -139,7 +153,12 @@ pub fn program(role: Role) -> Result<BpfProgram, Error> {
     )?;
     rules.insert(libc::SYS_mmap, vec![rule(vec![no_exec.clone()])?]);
     rules.insert(libc::SYS_mprotect, vec![rule(vec![no_exec])?]);
-    let filter = SeccompFilter::new(rules, SeccompAction::Trap, SeccompAction::Allow, TargetArch::x86_64);
+    let filter = SeccompFilter::new(
+        rules,
+        SeccompAction::Trap,
+        SeccompAction::Allow,
+        TargetArch::x86_64,
+    );
     filter.map_err(failed)?.try_into().map_err(failed)
 }
 
@@ -158,12 +177,15 @@ pub fn install_handler(log: libc::c_int) -> std::io::Result<()> {
     let result = unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
         action.sa_flags = libc::SA_SIGINFO;
-        action.sa_sigaction = handler
-            as unsafe extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void)
-            as usize;
+        action.sa_sigaction =
+            handler as unsafe extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) as usize;
         libc::sigaction(libc::SIGSYS, &action, std::ptr::null_mut())
     };
-    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(std::io::Error::last_os_error())
+    }
 }
 
 /// Runs in a signal: numbers are written by hand, nothing is locked or allocated.
@@ -287,7 +309,14 @@ mod tests {
         // SAFETY: maps anonymous memory.
         let exec = || unsafe {
             let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-            libc::mmap(std::ptr::null_mut(), 4096, libc::PROT_READ | libc::PROT_EXEC, flags, -1, 0);
+            libc::mmap(
+                std::ptr::null_mut(),
+                4096,
+                libc::PROT_READ | libc::PROT_EXEC,
+                flags,
+                -1,
+                0,
+            );
         };
         let (status, text) = try_call(Role::Devices, exec);
         assert_eq!((status, text.contains("mmap")), (i32::from(EXIT_SECCOMP), true));
@@ -298,7 +327,14 @@ mod tests {
         // SAFETY: maps anonymous memory, asks for the time.
         let fine = || unsafe {
             let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-            libc::mmap(std::ptr::null_mut(), 4096, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
+            libc::mmap(
+                std::ptr::null_mut(),
+                4096,
+                libc::PROT_READ | libc::PROT_WRITE,
+                flags,
+                -1,
+                0,
+            );
             libc::sched_yield();
         };
         assert_eq!(try_call(Role::Vcpu, fine).0, 0);

@@ -63,7 +63,13 @@ pub struct Blk {
 impl Blk {
     /// A drive on `file`.
     pub fn new(mut file: File, options: &Options) -> Result<Self, OpenError> {
-        let failed = |what| move |source| OpenError { drive: options.id.clone(), what, source };
+        let failed = |what| {
+            move |source| OpenError {
+                drive: options.id.clone(),
+                what,
+                source,
+            }
+        };
         // Works for files and block devices alike, which `stat` does not.
         let bytes = file.seek(SeekFrom::End(0)).map_err(failed("finding its size"))?;
         let is_file = file.metadata().map_err(failed("looking at it"))?.is_file();
@@ -84,7 +90,12 @@ impl Blk {
             *to = from;
         }
         Ok(Self {
-            engine: Engine { file, sectors, id, features },
+            engine: Engine {
+                file,
+                sectors,
+                id,
+                features,
+            },
             features,
             config: config(sectors),
             queue: None,
@@ -93,7 +104,9 @@ impl Blk {
     }
 
     fn work(&mut self) -> Result<(), DeviceError> {
-        let Some(queue) = &mut self.queue else { return Ok(()) };
+        let Some(queue) = &mut self.queue else {
+            return Ok(());
+        };
         queue.serve(&mut self.chain, |chain| self.engine.execute(chain))
     }
 }
@@ -149,7 +162,6 @@ impl Device for Blk {
         }
     }
 }
-
 
 #[cfg(test)]
 #[path = "tests.rs"]

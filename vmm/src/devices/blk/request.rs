@@ -100,11 +100,19 @@ impl Engine {
     }
 
     fn nothing_to_read(&self, chain: &Chain) -> Result<(), ChainError> {
-        if chain.readable.bytes() == 0 { Ok(()) } else { Err(ChainError::Direction { head: chain.head }) }
+        if chain.readable.bytes() == 0 {
+            Ok(())
+        } else {
+            Err(ChainError::Direction { head: chain.head })
+        }
     }
 
     fn nothing_to_write(&self, chain: &Chain) -> Result<(), ChainError> {
-        if chain.writable.bytes() == 0 { Ok(()) } else { Err(ChainError::Direction { head: chain.head }) }
+        if chain.writable.bytes() == 0 {
+            Ok(())
+        } else {
+            Err(ChainError::Direction { head: chain.head })
+        }
     }
 
     /// Whether `bytes` at `sector` are whole sectors of the disk; then where they begin.
@@ -123,12 +131,20 @@ impl Engine {
         sector: u64,
         call: unsafe extern "C" fn(libc::c_int, *const libc::iovec, libc::c_int, libc::off_t) -> isize,
     ) -> Status {
-        let Some(mut offset) = self.place(sector, buffers.bytes()) else { return Status::Error };
+        let Some(mut offset) = self.place(sector, buffers.bytes()) else {
+            return Status::Error;
+        };
         while buffers.bytes() > 0 {
             let pieces = buffers.pieces();
             // SAFETY: the pieces are guest memory (see `Buffers`) and at most UIO_MAXIOV of them.
-            let done =
-                unsafe { call(self.file.as_raw_fd(), pieces.as_ptr(), pieces.len() as libc::c_int, offset) };
+            let done = unsafe {
+                call(
+                    self.file.as_raw_fd(),
+                    pieces.as_ptr(),
+                    pieces.len() as libc::c_int,
+                    offset,
+                )
+            };
             match done {
                 1.. => {
                     buffers.skip_front(done as usize);
@@ -146,7 +162,8 @@ impl Engine {
     /// Discard and write zeroes: a list of ranges.
     fn ranges(&self, chain: &mut Chain, zeroes: bool) -> Status {
         let bytes = chain.readable.bytes();
-        if bytes == 0 || bytes % RANGE_BYTES as u64 != 0 || bytes / RANGE_BYTES as u64 > u64::from(MAX_RANGES) {
+        if bytes == 0 || bytes % RANGE_BYTES as u64 != 0 || bytes / RANGE_BYTES as u64 > u64::from(MAX_RANGES)
+        {
             return Status::Error;
         }
         let mut range = [0u8; RANGE_BYTES];
@@ -164,7 +181,9 @@ impl Engine {
                 return Status::Error;
             }
             let length = u64::from(sectors) * SECTOR;
-            let Some(offset) = self.place(sector, length) else { return Status::Error };
+            let Some(offset) = self.place(sector, length) else {
+                return Status::Error;
+            };
             let status = if zeroes && flags & RANGE_UNMAP == 0 {
                 self.zero(offset, length as i64)
             } else {

@@ -17,7 +17,8 @@ use std::os::fd::AsRawFd;
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
-    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
+    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_MTU,
 };
 use vmm_sys_util::epoll::EventSet;
 
@@ -123,7 +124,9 @@ impl Net {
 
     /// Tap to guest.
     fn receive(&mut self) -> Result<(), DeviceError> {
-        let Some(active) = &mut self.active else { return Ok(()) };
+        let Some(active) = &mut self.active else {
+            return Ok(());
+        };
         let mut budget = RX_ROUND;
         loop {
             if self.waiting == 0 {
@@ -140,7 +143,12 @@ impl Net {
                     Err(_) => break,
                 }
             }
-            match deliver(active, &mut self.chain, &mut self.taken, &mut self.frame[..self.waiting])? {
+            match deliver(
+                active,
+                &mut self.chain,
+                &mut self.taken,
+                &mut self.frame[..self.waiting],
+            )? {
                 Delivery::Done => self.counters.rx_frames += 1,
                 Delivery::TooLong => self.counters.rx_dropped += 1,
                 Delivery::NoBuffers => {
@@ -158,7 +166,9 @@ impl Net {
 
     /// Guest to tap.
     fn transmit(&mut self) -> Result<(), DeviceError> {
-        let Some(Active { tx, .. }) = &mut self.active else { return Ok(()) };
+        let Some(Active { tx, .. }) = &mut self.active else {
+            return Ok(());
+        };
         tx.no_kicks()?;
         let mut full = false;
         for _ in 0..tx.round() {
@@ -284,8 +294,10 @@ impl Device for Net {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
-        tap::set_offload(&self.tap, activation.features)
-            .map_err(|source| DeviceError::Host { what: "setting the tap's offloads", source })?;
+        tap::set_offload(&self.tap, activation.features).map_err(|source| DeviceError::Host {
+            what: "setting the tap's offloads",
+            source,
+        })?;
         let merge = activation.features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
         let mut queues = activation.queues.into_iter().flatten();
         self.waiting = 0;
@@ -304,7 +316,11 @@ impl Device for Net {
     /// Edge-triggered: a tap whose frames nobody takes must not wake the loop for ever.
     fn sources(&self) -> Vec<Source> {
         let events = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
-        vec![Source { fd: self.tap.as_raw_fd(), events, token: TAP_TOKEN }]
+        vec![Source {
+            fd: self.tap.as_raw_fd(),
+            events,
+            token: TAP_TOKEN,
+        }]
     }
 
     fn handle(&mut self, event: Event) -> Result<(), DeviceError> {

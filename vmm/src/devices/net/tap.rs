@@ -32,7 +32,13 @@ pub struct Error {
 
 /// Opens the existing tap `name` (needs to own it or `CAP_NET_ADMIN`).
 pub fn open(name: &str) -> Result<File, Error> {
-    let failed = |what| move |source| Error { name: name.to_owned(), what, source };
+    let failed = |what| {
+        move |source| Error {
+            name: name.to_owned(),
+            what,
+            source,
+        }
+    };
     let bytes = name.as_bytes();
     if bytes.is_empty() || bytes.len() >= libc::IFNAMSIZ || bytes.contains(&0) {
         let source = io::Error::new(io::ErrorKind::InvalidInput, "a name has 1 to 15 bytes");
@@ -59,19 +65,30 @@ pub fn open(name: &str) -> Result<File, Error> {
 
 /// Checks that `tap` is one, of the kind that is needed, and makes it ready.
 pub fn prepare(tap: &File, name: &str) -> Result<(), Error> {
-    let failed = |what| move |source| Error { name: name.to_owned(), what, source };
+    let failed = |what| {
+        move |source| Error {
+            name: name.to_owned(),
+            what,
+            source,
+        }
+    };
     // SAFETY: zeroes are a valid ifreq.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     // SAFETY: TUNGETIFF writes one ifreq.
     if unsafe { libc::ioctl(tap.as_raw_fd(), TUNGETIFF, &mut request) } < 0 {
-        return Err(failed("asking what it is (not a tap descriptor?)")(io::Error::last_os_error()));
+        return Err(failed("asking what it is (not a tap descriptor?)")(
+            io::Error::last_os_error(),
+        ));
     }
     // SAFETY: TUNGETIFF has set the flags.
     let flags = libc::c_int::from(unsafe { request.ifr_ifru.ifru_flags });
     let wanted = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
     if flags & wanted != wanted {
         let text = format!("flags are {flags:#x}, but IFF_TAP | IFF_NO_PI | IFF_VNET_HDR are needed");
-        return Err(failed("its kind")(io::Error::new(io::ErrorKind::InvalidInput, text)));
+        return Err(failed("its kind")(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            text,
+        )));
     }
     let size: libc::c_int = HEADER_BYTES as libc::c_int;
     // SAFETY: TUNSETVNETHDRSZ reads one int.

@@ -17,7 +17,9 @@ pub struct Rng {
 
 impl Rng {
     fn work(&mut self) -> Result<(), DeviceError> {
-        let Some(queue) = &mut self.queue else { return Ok(()) };
+        let Some(queue) = &mut self.queue else {
+            return Ok(());
+        };
         queue.serve(&mut self.chain, |chain| {
             chain.only_writable()?;
             let mut bytes = [0u8; MAX_BYTES];

@@ -16,7 +16,9 @@ pub const MAX_BUFFERS: usize = 1024;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ChainError {
     /// It goes on where it cannot: an index outside the table, a loop, a bad indirect table, 4 GiB and more.
-    #[error("chain {head}: ends in the middle (an index outside the table, a loop, a bad indirect table, or over 4 GiB)")]
+    #[error(
+        "chain {head}: ends in the middle (an index outside the table, a loop, a bad indirect table, or over 4 GiB)"
+    )]
     CutShort {
         /// The chain's head.
         head: u16,
@@ -82,7 +84,10 @@ impl Buffers {
     }
 
     fn push(&mut self, base: *mut u8, length: usize) {
-        self.pieces.push(libc::iovec { iov_base: base.cast(), iov_len: length });
+        self.pieces.push(libc::iovec {
+            iov_base: base.cast(),
+            iov_len: length,
+        });
         self.bytes += length as u64;
     }
 
@@ -145,7 +150,10 @@ impl Buffers {
 
     /// A list of the first `bytes` of this one.
     pub fn clone_front(&self, bytes: u64) -> Buffers {
-        let mut front = Buffers { pieces: Vec::with_capacity(1), bytes: 0 };
+        let mut front = Buffers {
+            pieces: Vec::with_capacity(1),
+            bytes: 0,
+        };
         for piece in &self.pieces {
             let left = bytes - front.bytes;
             if left == 0 {
@@ -159,7 +167,9 @@ impl Buffers {
     /// Cuts the list to its first `bytes`.
     pub fn truncate(&mut self, bytes: u64) {
         while self.bytes > bytes {
-            let Some(last) = self.pieces.last_mut() else { return };
+            let Some(last) = self.pieces.last_mut() else {
+                return;
+            };
             let surplus = (self.bytes - bytes).min(last.iov_len as u64);
             last.iov_len -= surplus as usize;
             self.bytes -= surplus;
@@ -249,7 +259,9 @@ impl Chain {
         let mut count = 0;
         loop {
             // The iterator also returns nothing when a chain is malformed, so the flag of the last one decides.
-            let Some(descriptor) = chain.next() else { return Err(ChainError::CutShort { head }) };
+            let Some(descriptor) = chain.next() else {
+                return Err(ChainError::CutShort { head });
+            };
             count += 1;
             if count > MAX_BUFFERS {
                 return Err(ChainError::TooMany { head });
@@ -258,9 +270,14 @@ impl Chain {
             if length == 0 {
                 return Err(ChainError::Empty { head });
             }
-            let slice = memory
-                .get_slice(address, length as usize)
-                .map_err(|_| ChainError::OutsideMemory { head, address: address.0, length })?;
+            let slice =
+                memory
+                    .get_slice(address, length as usize)
+                    .map_err(|_| ChainError::OutsideMemory {
+                        head,
+                        address: address.0,
+                        length,
+                    })?;
             let base = slice.ptr_guard_mut().as_ptr();
             if descriptor.is_write_only() {
                 self.writable.push(base, length as usize);
@@ -277,16 +294,30 @@ impl Chain {
 
     /// An error about a part's length.
     pub fn wrong_length(&self, what: &'static str, length: u64, least: u64, most: u64) -> ChainError {
-        ChainError::Length { head: self.head, what, length, least, most }
+        ChainError::Length {
+            head: self.head,
+            what,
+            length,
+            least,
+            most,
+        }
     }
 
     /// The chain must have nothing to write.
     pub fn only_readable(&self) -> Result<(), ChainError> {
-        if self.writable.bytes == 0 { Ok(()) } else { Err(ChainError::Direction { head: self.head }) }
+        if self.writable.bytes == 0 {
+            Ok(())
+        } else {
+            Err(ChainError::Direction { head: self.head })
+        }
     }
 
     /// The chain must have nothing to read.
     pub fn only_writable(&self) -> Result<(), ChainError> {
-        if self.readable.bytes == 0 { Ok(()) } else { Err(ChainError::Direction { head: self.head }) }
+        if self.readable.bytes == 0 {
+            Ok(())
+        } else {
+            Err(ChainError::Direction { head: self.head })
+        }
     }
 }

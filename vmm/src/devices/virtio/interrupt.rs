@@ -22,7 +22,11 @@ pub struct Interrupt {
 impl Interrupt {
     /// An interrupt on this line.
     pub fn new(line: EventFd) -> Self {
-        Self { status: AtomicU32::new(0), needs_reset: AtomicBool::new(false), line }
+        Self {
+            status: AtomicU32::new(0),
+            needs_reset: AtomicBool::new(false),
+            line,
+        }
     }
 
     /// The status register.

@@ -104,11 +104,17 @@ impl Transport {
     /// The transport of the device in `slot`.
     pub fn new(slot: Arc<Slot>, memory: Memory) -> Self {
         let registers = Mutex::new(Registers::new(slot.queue_sizes.len()));
-        Self { slot, memory, registers }
+        Self {
+            slot,
+            memory,
+            registers,
+        }
     }
 
     fn registers(&self) -> MutexGuard<'_, Registers> {
-        self.registers.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.registers
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// A load of the driver's.
@@ -136,7 +142,10 @@ impl Transport {
         data.fill(0);
         let device = self.slot.device();
         let config = device.config();
-        let from = usize::try_from(offset).ok().and_then(|offset| config.get(offset..)).unwrap_or_default();
+        let from = usize::try_from(offset)
+            .ok()
+            .and_then(|offset| config.get(offset..))
+            .unwrap_or_default();
         for (to, from) in data.iter_mut().zip(from) {
             *to = *from;
         }
@@ -161,10 +170,21 @@ impl Transport {
                 1 => (self.slot.features >> 32) as u32,
                 _ => 0,
             },
-            register::QUEUE_SIZE_MAX => self.slot.queue_sizes.get(select).map_or(0, |size| u32::from(*size)),
-            register::QUEUE_READY => registers.queues.get(select).map_or(0, |queue| u32::from(queue.ready)),
+            register::QUEUE_SIZE_MAX => self
+                .slot
+                .queue_sizes
+                .get(select)
+                .map_or(0, |size| u32::from(*size)),
+            register::QUEUE_READY => registers
+                .queues
+                .get(select)
+                .map_or(0, |queue| u32::from(queue.ready)),
             register::STATUS => {
-                let broken = if self.slot.interrupt.is_broken() { NEEDS_RESET } else { 0 };
+                let broken = if self.slot.interrupt.is_broken() {
+                    NEEDS_RESET
+                } else {
+                    0
+                };
                 registers.status | broken
             }
             _ => 0,
@@ -204,7 +224,9 @@ impl Transport {
     fn write_queue(&self, registers: &mut Registers, offset: u64, value: u32) {
         let open = registers.status & (FEATURES_OK | DRIVER_OK | FAILED) == FEATURES_OK;
         let select = registers.queue_select as usize;
-        let Some(queue) = registers.queues.get_mut(select).filter(|_| open) else { return };
+        let Some(queue) = registers.queues.get_mut(select).filter(|_| open) else {
+            return;
+        };
         let low = |old: u64| old & !0xffff_ffff | u64::from(value);
         let high = |old: u64| old & 0xffff_ffff | u64::from(value) << 32;
         match offset {
@@ -293,23 +315,50 @@ enum QueueError {
     #[error("{0}")]
     Address(virtio_queue::Error),
     #[error("rings at {descriptors:#x}, {driver:#x}, {device:#x} are not all guest memory")]
-    Outside { descriptors: u64, driver: u64, device: u64 },
+    Outside {
+        descriptors: u64,
+        driver: u64,
+        device: u64,
+    },
 }
 
-fn build(registers: &QueueRegisters, max: u16, event_index: bool, memory: &Memory) -> Result<Queue, QueueError> {
-    let size_error = || QueueError::Size { size: registers.size, max };
+fn build(
+    registers: &QueueRegisters,
+    max: u16,
+    event_index: bool,
+    memory: &Memory,
+) -> Result<Queue, QueueError> {
+    let size_error = || QueueError::Size {
+        size: registers.size,
+        max,
+    };
     let mut queue = Queue::new(max).map_err(|_| size_error())?;
     let size = u16::try_from(registers.size).map_err(|_| size_error())?;
     queue.try_set_size(size).map_err(|_| size_error())?;
-    queue.try_set_desc_table_address(GuestAddress(registers.descriptors)).map_err(QueueError::Address)?;
-    queue.try_set_avail_ring_address(GuestAddress(registers.driver)).map_err(QueueError::Address)?;
-    queue.try_set_used_ring_address(GuestAddress(registers.device)).map_err(QueueError::Address)?;
+    queue
+        .try_set_desc_table_address(GuestAddress(registers.descriptors))
+        .map_err(QueueError::Address)?;
+    queue
+        .try_set_avail_ring_address(GuestAddress(registers.driver))
+        .map_err(QueueError::Address)?;
+    queue
+        .try_set_used_ring_address(GuestAddress(registers.device))
+        .map_err(QueueError::Address)?;
     queue.set_event_idx(event_index);
     queue.set_ready(true);
     // Address 0 is RAM, but to virtio-queue it means "not set".
     if registers.driver == 0 || !queue.is_valid(memory) {
-        let QueueRegisters { descriptors, driver, device, .. } = *registers;
-        return Err(QueueError::Outside { descriptors, driver, device });
+        let QueueRegisters {
+            descriptors,
+            driver,
+            device,
+            ..
+        } = *registers;
+        return Err(QueueError::Outside {
+            descriptors,
+            driver,
+            device,
+        });
     }
     Ok(queue)
 }

@@ -37,7 +37,11 @@ impl Device for Probe {
         let mut counts = self.counts.lock().unwrap();
         counts.activations += 1;
         counts.features = activation.features;
-        counts.sizes = activation.queues.iter().map(|queue| queue.as_ref().map(WorkQueue::round)).collect();
+        counts.sizes = activation
+            .queues
+            .iter()
+            .map(|queue| queue.as_ref().map(WorkQueue::round))
+            .collect();
         Ok(())
     }
     fn reset(&mut self) {
@@ -53,7 +57,10 @@ fn transport() -> (Transport, Arc<Mutex<Counts>>) {
     let counts = probe.counts.clone();
     let line = EventFd::new(libc::EFD_NONBLOCK).unwrap();
     let slot = Slot::new("probe".into(), Box::new(probe), line).unwrap();
-    (Transport::new(slot, crate::memory::create(16 << 20).unwrap()), counts)
+    (
+        Transport::new(slot, crate::memory::create(16 << 20).unwrap()),
+        counts,
+    )
 }
 
 fn write(transport: &Transport, offset: u64, value: u32) {
@@ -71,7 +78,11 @@ fn negotiate(transport: &Transport, features: u64) {
     write(transport, register::STATUS, 3);
     for select in 0..2 {
         write(transport, register::DRIVER_FEATURES_SELECT, select);
-        write(transport, register::DRIVER_FEATURES, (features >> (32 * select)) as u32);
+        write(
+            transport,
+            register::DRIVER_FEATURES,
+            (features >> (32 * select)) as u32,
+        );
     }
     write(transport, register::STATUS, 11);
 }
@@ -130,12 +141,23 @@ fn nothing_changes_after_activation() {
 
 #[test]
 fn a_bad_queue_breaks_the_device_and_a_reset_mends_it() {
-    for (size, base) in [(3, 0x10_0000), (32, 0x10_0000), (0, 0x10_0000), (0x1_0008, 0x10_0000), (8, 0xffff_0000), (8, 8)] {
+    for (size, base) in [
+        (3, 0x10_0000),
+        (32, 0x10_0000),
+        (0, 0x10_0000),
+        (0x1_0008, 0x10_0000),
+        (8, 0xffff_0000),
+        (8, 8),
+    ] {
         let (transport, counts) = transport();
         negotiate(&transport, FEATURE_VERSION_1);
         queue(&transport, 0, size, base);
         write(&transport, register::STATUS, 15);
-        assert_eq!(read(&transport, register::STATUS), 15 | NEEDS_RESET, "size {size}, base {base:#x}");
+        assert_eq!(
+            read(&transport, register::STATUS),
+            15 | NEEDS_RESET,
+            "size {size}, base {base:#x}"
+        );
         assert_eq!(read(&transport, register::INTERRUPT_STATUS), 2);
         assert_eq!(counts.lock().unwrap().activations, 0);
         write(&transport, register::STATUS, 0);

@@ -181,7 +181,9 @@ impl Slot {
 
     fn device(&self) -> MutexGuard<'_, Box<dyn Device>> {
         // A poisoned lock means that a device panicked; its state is reset with its driver like any other.
-        self.device.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.device
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     fn activate(&self, activation: Activation) {

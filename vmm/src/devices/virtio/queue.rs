@@ -6,8 +6,8 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::devices::virtio::chain::{Chain, ChainError};
 use crate::devices::virtio::DeviceError;
+use crate::devices::virtio::chain::{Chain, ChainError};
 use crate::devices::virtio::interrupt::Interrupt;
 use crate::memory::Memory;
 
@@ -35,7 +35,15 @@ impl WorkQueue {
         kick: Arc<EventFd>,
     ) -> Self {
         let in_flight = vec![false; usize::from(queue.size())];
-        Self { index, queue, memory, interrupt, kick, unannounced: false, in_flight }
+        Self {
+            index,
+            queue,
+            memory,
+            interrupt,
+            kick,
+            unannounced: false,
+            in_flight,
+        }
     }
 
     /// Serves what is available, at most a ring full: `work` gets each chain and returns the bytes it wrote.
@@ -78,7 +86,10 @@ impl WorkQueue {
     }
 
     fn chain_error(&self, source: ChainError) -> DeviceError {
-        DeviceError::Chain { queue: self.index, source }
+        DeviceError::Chain {
+            queue: self.index,
+            source,
+        }
     }
 
     /// Puts the next available chain into `chain`; false when there is none.
@@ -93,7 +104,9 @@ impl WorkQueue {
             // Out of the table, or made available twice.
             _ => return Err(failed(virtio_queue::Error::InvalidDescriptorIndex)),
         }
-        chain.load(&self.memory, raw).map_err(|source| self.chain_error(source))?;
+        chain
+            .load(&self.memory, raw)
+            .map_err(|source| self.chain_error(source))?;
         Ok(true)
     }
 

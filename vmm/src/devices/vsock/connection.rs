@@ -134,7 +134,9 @@ impl Connection {
             }
         }
         let text = std::str::from_utf8(&self.greeting).ok();
-        let port = text.and_then(|text| text.strip_prefix("CONNECT ")).and_then(|port| port.trim().parse().ok());
+        let port = text
+            .and_then(|text| text.strip_prefix("CONNECT "))
+            .and_then(|port| port.trim().parse().ok());
         self.greeting = Vec::new();
         port.map(Some).ok_or_else(|| io::ErrorKind::InvalidData.into())
     }
@@ -258,7 +260,10 @@ impl Connection {
 
     /// Ends the stream and tells the guest.
     pub fn cut(&mut self) {
-        self.pending = Pending { reset: true, ..Pending::default() };
+        self.pending = Pending {
+            reset: true,
+            ..Pending::default()
+        };
         self.readable = false;
         self.backlog = VecDeque::new();
         let _ = self.stream.shutdown(Shutdown::Both);

@@ -40,12 +40,19 @@ struct Active {
 impl Vsock {
     /// The device of the guest `guest_cid`.
     pub fn new(guest_cid: u32, muxer: Muxer) -> Self {
-        Self { muxer, config: u64::from(guest_cid).to_le_bytes(), active: None, chain: Chain::default() }
+        Self {
+            muxer,
+            config: u64::from(guest_cid).to_le_bytes(),
+            active: None,
+            chain: Chain::default(),
+        }
     }
 
     /// To the guest, while it has buffers.
     fn receive(&mut self) -> Result<(), DeviceError> {
-        let Some(Active { rx, .. }) = &mut self.active else { return Ok(()) };
+        let Some(Active { rx, .. }) = &mut self.active else {
+            return Ok(());
+        };
         let chain = &mut self.chain;
         let mut budget = rx.round();
         while self.muxer.has_packet() {
@@ -86,7 +93,9 @@ impl Vsock {
 
     /// From the guest.
     fn transmit(&mut self) -> Result<(), DeviceError> {
-        let Some(Active { tx, .. }) = &mut self.active else { return Ok(()) };
+        let Some(Active { tx, .. }) = &mut self.active else {
+            return Ok(());
+        };
         let muxer = &mut self.muxer;
         tx.serve(&mut self.chain, |chain| {
             chain.only_readable()?;
@@ -128,9 +137,17 @@ impl Device for Vsock {
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
         let mut queues = activation.queues.into_iter();
-        let (rx, tx, events) = (queues.next().flatten(), queues.next().flatten(), queues.next().flatten());
+        let (rx, tx, events) = (
+            queues.next().flatten(),
+            queues.next().flatten(),
+            queues.next().flatten(),
+        );
         self.active = match (rx, tx) {
-            (Some(rx), Some(tx)) => Some(Active { rx, tx, _events: events }),
+            (Some(rx), Some(tx)) => Some(Active {
+                rx,
+                tx,
+                _events: events,
+            }),
             _ => None,
         };
         Ok(())
@@ -144,7 +161,11 @@ impl Device for Vsock {
     /// Edge-triggered, since a pause leaves it unattended; the muxer empties its inner set each time.
     fn sources(&self) -> Vec<Source> {
         let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
-        vec![Source { fd: self.muxer.epoll_fd(), events, token: MUXER_TOKEN }]
+        vec![Source {
+            fd: self.muxer.epoll_fd(),
+            events,
+            token: MUXER_TOKEN,
+        }]
     }
 
     fn handle(&mut self, event: Event) -> Result<(), DeviceError> {

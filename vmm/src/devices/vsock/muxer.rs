@@ -145,7 +145,11 @@ impl Muxer {
         let token = self.next_token;
         self.next_token += 1;
         let events = EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
-        self.epoll.ctl(ControlOperation::Add, connection.fd(), EpollEvent::new(events, token))?;
+        self.epoll.ctl(
+            ControlOperation::Add,
+            connection.fd(),
+            EpollEvent::new(events, token),
+        )?;
         Ok(token)
     }
 
@@ -161,8 +165,12 @@ impl Muxer {
             }
             return;
         }
-        let Some(key) = self.tokens.get(&token).copied() else { return };
-        let Some(connection) = self.connections.get_mut(&key) else { return };
+        let Some(key) = self.tokens.get(&token).copied() else {
+            return;
+        };
+        let Some(connection) = self.connections.get_mut(&key) else {
+            return;
+        };
         connection.host_ready(
             events.intersects(EventSet::IN | EventSet::READ_HANG_UP),
             events.contains(EventSet::OUT),
@@ -195,7 +203,9 @@ impl Muxer {
 
     /// Queues or removes a stream after something happened to it.
     fn after(&mut self, key: Key) {
-        let Some(connection) = self.connections.get(&key) else { return };
+        let Some(connection) = self.connections.get(&key) else {
+            return;
+        };
         if connection.state == State::Closed {
             self.remove(key);
         } else if connection.has_packet() && !self.ready.contains(&key) {
@@ -270,13 +280,28 @@ impl Muxer {
 
     /// The next packet for the guest: data goes into `data`, the header is returned.
     pub fn next_packet(&mut self, data: &mut Buffers) -> Option<Header> {
-        let ours = Header { src_cid: HOST_CID, dst_cid: self.guest_cid, kind: TYPE_STREAM, ..Header::default() };
+        let ours = Header {
+            src_cid: HOST_CID,
+            dst_cid: self.guest_cid,
+            kind: TYPE_STREAM,
+            ..Header::default()
+        };
         if let Some(reset) = self.resets.pop_front() {
-            return Some(Header { src_cid: HOST_CID, dst_cid: self.guest_cid, ..reset });
+            return Some(Header {
+                src_cid: HOST_CID,
+                dst_cid: self.guest_cid,
+                ..reset
+            });
         }
         while let Some(key) = self.ready.pop_front() {
-            let Some(connection) = self.connections.get_mut(&key) else { continue };
-            let mut header = Header { src_port: key.0, dst_port: key.1, ..ours };
+            let Some(connection) = self.connections.get_mut(&key) else {
+                continue;
+            };
+            let mut header = Header {
+                src_port: key.0,
+                dst_port: key.1,
+                ..ours
+            };
             let packet = connection.next_packet(&mut header, data);
             self.after(key);
             if packet.is_some() {

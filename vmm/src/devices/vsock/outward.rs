@@ -7,7 +7,8 @@ use std::path::PathBuf;
 
 use mandoline_api::monitor::VsockOut;
 use rustix::net::{
-    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags,
+    SocketType,
 };
 
 /// See the module.
@@ -30,8 +31,7 @@ impl Outward {
                 let mut name = path.clone().into_os_string();
                 name.push(format!("_{port}"));
                 let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-                let socket =
-                    rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+                let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
                 // A Unix socket connects at once or, where the listener's backlog is full, not at all (EAGAIN).
                 rustix::net::connect(&socket, &SocketAddrUnix::new(name)?)?;
                 Ok(socket.into())
