@@ -30,6 +30,11 @@ pub mod plan;
 pub mod plnode;
 pub mod report;
 
+#[cfg(test)]
+mod plan_tests;
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
