@@ -59,14 +59,27 @@ pub(crate) fn help() -> String {
             .default
             .map(|value| format!("; default {value}"))
             .unwrap_or_default();
-        text.push_str(&format!(
-            "  {:<15} {} ({}{default})\n",
-            row.name,
-            row.doc,
-            row.value.allowed()
-        ));
+        text.push_str(&format!("  {}: {}{default}\n", row.name, row.value.allowed()));
+        for line in wrap(row.doc, 72) {
+            text.push_str(&format!("      {line}\n"));
+        }
     }
     text
+}
+
+/// Lines of at most `width` columns, broken between words.
+fn wrap(text: &str, width: usize) -> Vec<String> {
+    let mut lines: Vec<String> = Vec::new();
+    for word in text.split_ascii_whitespace() {
+        match lines.last_mut() {
+            Some(line) if line.len() + 1 + word.len() <= width => {
+                line.push(' ');
+                line.push_str(word);
+            }
+            _ => lines.push(word.to_owned()),
+        }
+    }
+    lines
 }
 
 #[cfg(test)]

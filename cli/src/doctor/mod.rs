@@ -53,6 +53,22 @@ impl Check {
         }
     }
 
+    /// Missing if it is `needed`, else worth a note.
+    pub(crate) fn lacking(
+        needed: bool,
+        name: &'static str,
+        found: impl Into<String>,
+        advice: impl Into<String>,
+    ) -> Self {
+        let state = if needed { State::Missing } else { State::Note };
+        Self {
+            name,
+            state,
+            found: found.into(),
+            advice: Some(advice.into()),
+        }
+    }
+
     pub(crate) fn missing(name: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Self {
         Self {
             name,
@@ -85,11 +101,14 @@ pub(crate) fn doctor(output: Output) -> Result<()> {
     ];
     match &tree {
         Some(tree) => {
+            let (programs, images) = (source::programs(tree), source::images());
+            // What is built needs nothing to be built with.
+            let build = programs.state != State::Ok || images.state != State::Ok;
             checks.extend([
-                source::rust(tree),
-                source::packages(tree),
-                source::programs(tree),
-                source::images(),
+                source::rust(tree, build),
+                source::packages(tree, build),
+                programs,
+                images,
             ]);
         }
         None => checks.push(Check::note(

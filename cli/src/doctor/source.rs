@@ -29,7 +29,7 @@ pub(super) fn tree() -> Option<PathBuf> {
 }
 
 /// A Rust toolchain that is new enough.
-pub(super) fn rust(tree: &Path) -> Check {
+pub(super) fn rust(tree: &Path, needed: bool) -> Check {
     const NAME: &str = "Rust";
     let manifest = fs::read_to_string(tree.join("Cargo.toml")).unwrap_or_default();
     let want = manifest
@@ -42,12 +42,14 @@ pub(super) fn rust(tree: &Path) -> Check {
         .as_deref()
         .and_then(|text| text.split_ascii_whitespace().nth(1));
     match version {
-        None => Check::missing(
+        None => Check::lacking(
+            needed,
             NAME,
             "rustc is not on the path",
             format!("install Rust {want} or newer (see rustup.rs)"),
         ),
-        Some(version) if numbers(version) < numbers(want) => Check::missing(
+        Some(version) if numbers(version) < numbers(want) => Check::lacking(
+            needed,
             NAME,
             format!("{version}; needed {want} or newer"),
             "rustup update",
@@ -64,7 +66,7 @@ fn numbers(version: &str) -> Vec<u32> {
 }
 
 /// The Debian packages that the tree's `packages` files name.
-pub(super) fn packages(tree: &Path) -> Check {
+pub(super) fn packages(tree: &Path, needed: bool) -> Check {
     const NAME: &str = "Debian packages";
     let mut wanted = BTreeMap::new();
     for file in package_files(tree) {
@@ -103,7 +105,8 @@ pub(super) fn packages(tree: &Path) -> Check {
     for (name, why) in &missing {
         advice.push_str(&format!("\n  {name}: {why}"));
     }
-    Check::missing(
+    Check::lacking(
+        needed,
         NAME,
         format!("{} of {} are missing", missing.len(), wanted.len()),
         advice,
