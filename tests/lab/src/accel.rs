@@ -1,10 +1,8 @@
 //! How a node can be run here: with the CPU's help where a guest may have guests, else by emulation with SVM.
 //! Detected, never asked; what was used, and why, stands beside every number.
 
-use crate::{LabError, Result};
-use rustix::fs::{Mode, OFlags};
+use crate::{LabError, Result, tiny_vm};
 use serde::Serialize;
-use std::os::fd::AsRawFd;
 
 /// How QEMU runs the nodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -59,7 +57,7 @@ pub fn probe() -> Result<KvmProbe> {
             .is_ok_and(|v| matches!(v.trim(), "1" | "Y" | "y"))
     });
     let present = std::path::Path::new("/dev/kvm").exists();
-    let (api_version, makes_vm) = kvm_answers();
+    let (api_version, makes_vm) = tiny_vm::answers();
     let (mut accel, mut words) = choose(present, api_version, cpu_flag, nested, makes_vm);
     match std::env::var("MANDOLINE_LAB_ACCEL").as_deref() {
         Ok("kvm") => (accel, words) = (Accel::Kvm, "KVM, because MANDOLINE_LAB_ACCEL says so".into()),
@@ -116,27 +114,6 @@ fn cpu_flag(cpu_info: &str) -> Option<&'static str> {
     ["svm", "vmx"]
         .into_iter()
         .find(|f| flags.split_whitespace().any(|w| w == *f))
-}
-
-/// The API version that `/dev/kvm` gives, and whether it makes a machine.
-fn kvm_answers() -> (Option<i32>, bool) {
-    const KVM_GET_API_VERSION: libc::Ioctl = 0xAE00;
-    const KVM_CREATE_VM: libc::Ioctl = 0xAE01;
-    let Ok(kvm) = rustix::fs::open("/dev/kvm", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) else {
-        return (None, false);
-    };
-    // SAFETY: both requests take an integer (0), no pointer, and `kvm` is open for the call.
-    let (version, vm) = unsafe {
-        (
-            libc::ioctl(kvm.as_raw_fd(), KVM_GET_API_VERSION, 0),
-            libc::ioctl(kvm.as_raw_fd(), KVM_CREATE_VM, 0),
-        )
-    };
-    if vm >= 0 {
-        // SAFETY: `vm` is a descriptor that the ioctl just gave us and nobody else knows.
-        drop(unsafe { <std::os::fd::OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(vm) });
-    }
-    ((version >= 0).then_some(version), vm >= 0)
 }
 
 #[cfg(test)]

@@ -1,9 +1,10 @@
 //! A lab: a directory, an ssh key, and nodes that may share a network.
 
+use crate::boot::Place;
 use crate::hub::Hub;
-use crate::node::{Node, NodeSpec};
+use crate::node::Node;
 use crate::workdir::WorkDir;
-use crate::{Images, LabError, Result, accel, disks, ssh};
+use crate::{Images, LabError, NodeSpec, Result, accel, disks, ssh};
 use std::path::{Path, PathBuf};
 
 /// What a node may come to write here in a short life, in MiB.
@@ -61,6 +62,33 @@ impl Lab {
 
     /// Starts a node, joined with this lab's others, and waits until it is up.
     pub fn start(&mut self, spec: NodeSpec) -> Result<Node> {
+        self.prepare(spec)?.start()
+    }
+
+    /// Starts several nodes at the same time; when one fails, all of them are taken down.
+    pub fn start_all(&mut self, specs: Vec<NodeSpec>) -> Result<Vec<Node>> {
+        let places = specs
+            .into_iter()
+            .map(|spec| self.prepare(spec))
+            .collect::<Result<Vec<_>>>()?;
+        std::thread::scope(|scope| {
+            let starting: Vec<_> = places
+                .into_iter()
+                .map(|place| scope.spawn(|| place.start()))
+                .collect();
+            // Every thread is waited for before the first failure is given, so that no node is left behind.
+            let results: Vec<_> = starting
+                .into_iter()
+                .map(std::thread::ScopedJoinHandle::join)
+                .collect();
+            results
+                .into_iter()
+                .map(|r| r.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+                .collect()
+        })
+    }
+
+    fn prepare(&mut self, spec: NodeSpec) -> Result<Place> {
         let number = self
             .started
             .checked_add(1)
@@ -73,22 +101,16 @@ impl Lab {
         self.started = number;
         let dir = self.dir.path().join(number.to_string());
         std::fs::create_dir(&dir).map_err(LabError::file("make", &dir))?;
-        let accel = (self.accel.accel, self.accel.words.as_str());
-        Node::start(
-            &spec,
+        let link = self.hub.port(&dir.join("joint"))?;
+        Ok(Place {
+            spec,
             number,
-            &dir,
-            &self.key,
-            &self.images,
-            accel,
-            Some(&mut self.hub),
-        )
-    }
-
-    /// Starts several nodes at the same time; when one fails, all are taken down.
-    pub fn start_all(&mut self, specs: Vec<NodeSpec>) -> Result<Vec<Node>> {
-        // Two emulated nodes at once take as long as one after the other on two cores: so in order, and the first
-        // failure ends it.
-        specs.into_iter().map(|spec| self.start(spec)).collect()
+            dir,
+            link,
+            key: self.key.clone(),
+            images: self.images.clone(),
+            accel: self.accel.accel,
+            accel_words: self.accel.words.clone(),
+        })
     }
 }

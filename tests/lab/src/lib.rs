@@ -20,6 +20,8 @@
 //! ```
 
 pub mod accel;
+mod boot;
+mod config;
 pub mod connect;
 pub mod disks;
 pub mod doctor;
@@ -31,15 +33,18 @@ mod node;
 mod process;
 mod qemu;
 mod qmp;
+mod spec;
 mod ssh;
+pub mod tiny_vm;
 mod workdir;
 
 pub use accel::Accel;
 pub use error::LabError;
 pub use images::{Images, SliverImages};
 pub use lab::Lab;
-pub use node::{Node, NodeInfo, NodeSpec, Output, Phases};
+pub use node::{Node, NodeInfo, Output, Phases};
 pub use process::clean_up_on_signals;
+pub use spec::NodeSpec;
 pub use workdir::sweep;
 
 /// What lab operations give.

@@ -110,6 +110,13 @@ enum Subcommands {
     },
     /// Print as JSON what this machine has for a lab; status 1 when something is missing
     Doctor,
+    /// Run a tiny virtual machine that adds two numbers through /dev/kvm; prints the sum
+    TinyVm {
+        /// One
+        a: u8,
+        /// The other
+        b: u8,
+    },
     /// Remove the directories of labs that were killed
     Sweep,
     /// Join stdin and stdout to a TCP connection (QEMU uses this for connections to the authority)
@@ -173,6 +180,10 @@ fn run(command: Subcommands) -> Result<ExitCode> {
                 ExitCode::FAILURE
             })
         }
+        Subcommands::TinyVm { a, b } => {
+            println!("{}", mandoline_lab::tiny_vm::add(a, b)?);
+            Ok(ExitCode::SUCCESS)
+        }
         Subcommands::Sweep => {
             println!("{}", mandoline_lab::sweep()?);
             Ok(ExitCode::SUCCESS)
@@ -235,12 +246,12 @@ fn up(nodes: u8, options: &NodeOptions) -> Result<ExitCode> {
     mandoline_lab::clean_up_on_signals();
     let mut lab = Lab::new()?;
     eprintln!("mandoline-lab: nodes run by {}", lab.accel().words);
-    let mut running = Vec::new();
-    for number in 1..=nodes {
-        let node = lab.start(spec(options, number)?)?;
-        // stdout may be a pipe: the line must be whole and at once, which println does for a line.
+    let specs = (1..=nodes)
+        .map(|number| spec(options, number))
+        .collect::<Result<Vec<_>>>()?;
+    let mut running = lab.start_all(specs)?;
+    for node in &running {
         println!("{}", serde_json::to_string(node.info())?);
-        running.push(node);
     }
     // Until a signal comes, or the nodes have powered themselves off.
     for node in &mut running {

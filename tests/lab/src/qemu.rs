@@ -29,7 +29,7 @@ pub(crate) struct Machine<'a> {
     /// (serial, image, writable)
     pub(crate) disks: Vec<(&'static str, PathBuf, bool)>,
     pub(crate) ssh_port: u16,
-    pub(crate) join_socket: Option<PathBuf>,
+    pub(crate) join_socket: PathBuf,
     /// `mandoline-lab`, and the host's service that the node reaches at 10.0.2.100:80.
     pub(crate) service: Option<(PathBuf, SocketAddr)>,
     pub(crate) extra_append: &'a str,
@@ -119,20 +119,18 @@ impl Machine<'_> {
                 uplink_mac(self.number)
             ),
         ]);
-        if let Some(socket) = &self.join_socket {
-            c.arg("-netdev").arg(with(
-                "stream,id=joint,server=off,addr.type=unix,addr.path=",
-                socket,
-                "",
-            ));
-            c.args([
-                "-device",
-                &format!(
-                    "virtio-net-pci,netdev=joint,mac={},romfile=",
-                    joint_mac(self.number)
-                ),
-            ]);
-        }
+        c.arg("-netdev").arg(with(
+            "stream,id=joint,server=off,addr.type=unix,addr.path=",
+            &self.join_socket,
+            "",
+        ));
+        c.args([
+            "-device",
+            &format!(
+                "virtio-net-pci,netdev=joint,mac={},romfile=",
+                joint_mac(self.number)
+            ),
+        ]);
         c
     }
 }
@@ -154,7 +152,7 @@ mod tests {
                 ("mandoline-state", "/d/s".into(), true),
             ],
             ssh_port: 2222,
-            join_socket: Some("/d/join".into()),
+            join_socket: "/d/join".into(),
             service: Some(("/bin/mandoline-lab".into(), ([127, 0, 0, 1], 80).into())),
             extra_append: "",
         };
