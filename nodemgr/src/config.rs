@@ -372,7 +372,7 @@ mod tests {
             ("[capacity]\nmem_limit = -1", "mem_limit"),
             ("[vm_type_names]\nlinux_vserver = \"chroot\"", "chroot"),
             ("local_names = [\"a.b_c\"]", "a.b_c"),
-            ("local_names = [\"A\"]", "lower-case"),
+            ("local_names = [\"A\"]", "slice name"),
             ("[overbook]\nmemory = 0", "overbook.memory"),
         ] {
             let message = match toml::from_str::<Config>(text) {

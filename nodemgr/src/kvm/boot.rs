@@ -69,7 +69,7 @@ pub(super) fn sealed(config: &VmConfig) -> io::Result<OwnedFd> {
 }
 
 /// The monitor's command line, without the descriptors.
-pub(super) fn arguments(vm_id: u32, uid: u32) -> Vec<String> {
+pub(super) fn arguments(vm_id: u32, uid: u32, start_ns: u64) -> Vec<String> {
     [
         "--id".to_owned(),
         format!("sliver-{vm_id}"),
@@ -79,6 +79,7 @@ pub(super) fn arguments(vm_id: u32, uid: u32) -> Vec<String> {
         "--log=fd:log".to_owned(),
         "--serial=fd:serial".to_owned(),
         "--boot-timer".to_owned(),
+        format!("--start-time-ns={start_ns}"),
         format!("--jail-uid={uid}"),
         format!("--jail-gid={uid}"),
     ]

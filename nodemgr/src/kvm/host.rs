@@ -19,7 +19,7 @@ use rustix::process::{WaitId, WaitIdOptions};
 use super::config::{KvmConfig, Places};
 use super::monitor::{self, Handover, KEPT_FD, Launch, Passed};
 use super::{boot, disk};
-use crate::vm_type::{Failure, Reports, Stats};
+use crate::vm_type::{Failure, Reports, Stats, monotonic_ns};
 
 /// Limits of a sliver's cgroup.
 #[derive(Debug, Clone)]
@@ -212,7 +212,7 @@ impl Start {
         ];
         let pidfd = monitor::launch(Launch {
             program: &self.config.monitor,
-            arguments: boot::arguments(vm_id, self.uid),
+            arguments: boot::arguments(vm_id, self.uid, monotonic_ns()),
             passed,
             cgroup: cgroup.path(),
             log: log

@@ -147,10 +147,7 @@ impl Kvm {
     ) -> Result<(), Failure> {
         let watch = |e| Failure::retryable(format!("the monitor cannot be watched: {e}"));
         let pidfd = Arc::new(monitor::watch(pidfd).map_err(watch)?);
-        let outward = outward
-            .map(monitor::watch)
-            .transpose()
-            .map_err(watch)?;
+        let outward = outward.map(monitor::watch).transpose().map_err(watch)?;
         let session = session::Session {
             vsock: self.places.vsock(sliver.vm_id),
             state: self.places.state(sliver.vm_id),
@@ -163,10 +160,7 @@ impl Kvm {
             reports: reports.clone(),
         };
         let session = tokio::spawn(session.run());
-        self.lock().insert(
-            sliver.vm_id,
-            Vm { pidfd, session },
-        );
+        self.lock().insert(sliver.vm_id, Vm { pidfd, session });
         Ok(())
     }
 
