@@ -7,4 +7,7 @@ pub mod db;
 pub mod domain;
 pub mod error;
 pub mod plc;
+pub mod rest;
+pub mod server;
 pub mod service;
+pub mod setup;

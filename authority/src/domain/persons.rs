@@ -1,5 +1,7 @@
 //! Principals: who they are, their roles, and who may change them.
 
+use std::collections::BTreeSet;
+
 use serde_json::json;
 
 use super::events::Record;
@@ -242,6 +244,20 @@ pub async fn delete(conn: &mut Conn, caller: &Caller, key: &Ref) -> Result<()> {
         .wakes(wakes)
         .save(conn, caller)
         .await
+}
+
+/// The persons that the caller may see: those of its sites and slices and itself. Nothing: all.
+pub async fn seen_by(conn: &mut Conn, caller: &Caller) -> Result<Option<BTreeSet<i64>>> {
+    let Some(me) = caller.person_id().filter(|_| !caller.is_admin()) else { return Ok(None) };
+    let seen: Vec<i64> = sqlx::query_scalar(
+        "SELECT person_id FROM person_site WHERE site_id IN (SELECT site_id FROM person_site WHERE person_id = $1) \
+         UNION SELECT person_id FROM slice_person WHERE slice_id IN \
+         (SELECT slice_id FROM slice_person WHERE person_id = $1)",
+    )
+    .bind(me)
+    .fetch_all(conn)
+    .await?;
+    Ok(Some(seen.into_iter().chain([me]).collect()))
 }
 
 fn check_may_give(caller: &Caller, role: Role) -> Result<()> {

@@ -1,11 +1,9 @@
 //! The Get* methods: one function over the descriptions of the objects, and who may see what.
 
-use std::collections::BTreeSet;
-
 use serde_json::{Value as Json, json};
 
 use crate::db::Conn;
-use crate::domain::{Caller, Role};
+use crate::domain::{Caller, Role, persons};
 use crate::error::Result;
 use crate::in_read;
 use crate::plc::fault::Fault;
@@ -90,21 +88,7 @@ async fn sight(conn: &mut Conn, caller: &Caller, object: &Object) -> Result<Sigh
         return Ok(all);
     }
     match (object.name, caller.person_id()) {
-        ("Person", Some(me)) => {
-            let seen: Vec<i64> = sqlx::query_scalar(
-                "SELECT person_id FROM person_site WHERE site_id IN (SELECT site_id FROM person_site WHERE person_id = $1) \
-                 UNION SELECT person_id FROM slice_person WHERE slice_id IN \
-                 (SELECT slice_id FROM slice_person WHERE person_id = $1)",
-            )
-            .bind(me)
-            .fetch_all(conn)
-            .await?;
-            let only: BTreeSet<i64> = seen.into_iter().chain([me]).collect();
-            Ok(Sight {
-                only: Some(only),
-                ..all
-            })
-        }
+        ("Person", Some(_)) => Ok(Sight { only: persons::seen_by(conn, caller).await?, ..all }),
         ("Key", Some(me)) => {
             let own: Vec<i64> = sqlx::query_scalar("SELECT key_id FROM keys WHERE person_id = $1")
                 .bind(me)
