@@ -171,6 +171,7 @@ pub async fn run(config: Config, stop: watch::Receiver<bool>) -> Result<(), Star
         tokio::spawn(keep_accounts(Arc::clone(&core), config.accounts.clone())),
         tokio::spawn(reconcile(Arc::clone(&core))),
         tokio::spawn(tick(Arc::clone(&core), Arc::clone(&kvm))),
+        tokio::spawn(async move { kvm.prepare().await }),
     ];
     tracing::info!(version = env!("CARGO_PKG_VERSION"), run_dir = %config.run_dir.display(), "ready");
     let result = serve(Arc::clone(&core), sockets, stop).await;

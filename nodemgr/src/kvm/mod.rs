@@ -18,6 +18,7 @@ mod disk;
 mod host;
 mod monitor;
 mod session;
+mod values;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -28,16 +29,14 @@ use std::time::Duration;
 
 use mandoline_api::agent::{Request, SetKeysReply, ShutdownMode, ShutdownReply};
 use mandoline_api::nodemgr::{VmId, VmTypeInfo};
-use mandoline_limits::Rate;
-use mandoline_limits::cgroup::{CpuMax, CpuShare, MemoryLimits};
-use mandoline_rspec::{CPU_SHARES, KVM_MICROVM, Rspec};
+use mandoline_rspec::{KVM_MICROVM, Rspec};
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
 use tokio::task::JoinHandle;
 
 pub use config::KvmConfig;
 
-use crate::net::{Bandwidth, Network, SliverNet};
+use crate::net::{Network, SliverNet};
 use crate::vm_type::{Failure, Reports, SliverSpec, Stats, VmType, Work};
 use config::Places;
 
@@ -119,6 +118,14 @@ impl Kvm {
         Ok(())
     }
 
+    /// Makes the template of the usual disk ahead of the first sliver that wants it.
+    pub async fn prepare(&self) {
+        let rspec = Rspec::new().with_defaults(&Rspec::new());
+        if let Err(failure) = self.template(&rspec).await {
+            tracing::error!(%failure, "no template for disks");
+        }
+    }
+
     /// Keeps logs and consoles of slivers from growing without end.
     pub fn bound_logs(&self) {
         host::bound_logs(&self.places.logs, self.config.log_kib << 10);
@@ -129,7 +136,7 @@ impl Kvm {
     }
 
     fn net(&self, sliver: &SliverSpec) -> Result<SliverNet, Failure> {
-        let bandwidth = bandwidth(&sliver.rspec)?;
+        let bandwidth = values::bandwidth(&sliver.rspec)?;
         self.network
             .plan()
             .sliver(sliver.index, sliver.vm_id, bandwidth)
@@ -168,7 +175,7 @@ impl Kvm {
         let net = self.net(sliver)?;
         Ok(session::Identity {
             slice: sliver.slice.to_string(),
-            hostname: host_name(&sliver.account),
+            hostname: values::host_name(&sliver.account),
             net,
             gateway: self.network.plan().gateway(),
             mtu: self.mtu,
@@ -187,21 +194,23 @@ impl Kvm {
             }
         }
         let disk = self.places.disk(sliver.vm_id);
-        let bytes = disk::size_of(sliver.rspec.number("disk_quota").unwrap_or(0));
+        let template = self.template(&sliver.rspec).await?;
+        blocking(move || disk::make(&template, &disk)).await
+    }
+
+    async fn template(&self, rspec: &Rspec) -> Result<std::path::PathBuf, Failure> {
+        let bytes = disk::size_of(rspec.number("disk_quota").unwrap_or(0));
         let templates = self.places.templates.clone();
         let program = self.config.make_disk.clone();
-        let template = {
-            let _one_at_a_time = self.templates.lock().await;
-            blocking(move || disk::make_template(&templates, &program, bytes)).await?
-        };
-        blocking(move || disk::make(&template, &disk)).await
+        let _one_at_a_time = self.templates.lock().await;
+        blocking(move || disk::make_template(&templates, &program, bytes)).await
     }
 
     async fn launch(&self, sliver: &SliverSpec, reports: &Reports) -> Result<(), Failure> {
         // What an earlier run has left would be in the way.
         self.clear(sliver.vm_id, Some(sliver.index)).await?;
         let net = self.net(sliver)?;
-        let limits = self.limits(&sliver.rspec)?;
+        let limits = values::limits(&self.config, &sliver.rspec)?;
         let tap = self
             .network
             .add_sliver(net.clone())
@@ -220,33 +229,6 @@ impl Kvm {
         };
         let (pidfd, outward) = blocking(move || started.run()).await?;
         self.watch(sliver, pidfd, Some(outward), false, reports)
-    }
-
-    fn limits(&self, rspec: &Rspec) -> Result<host::Limits, Failure> {
-        let fatal = |e: mandoline_limits::Error| Failure::fatal(e.to_string());
-        let share = rspec.number("cpu_share").unwrap_or(1).clamp(1, 1000) as u32;
-        let guarantee = rspec.number("cpu_guarantee").unwrap_or(0);
-        let cpu_max = match rspec.flag("cpu_capped") {
-            true => {
-                let cpus = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
-                // Of 1000 for the whole node; the kernel counts one processor as 1000.
-                let thousandths = guarantee.saturating_mul(cpus).min(CPU_SHARES * cpus);
-                Some(CpuMax::of_one_cpu(u32::try_from(thousandths).unwrap_or(u32::MAX)).map_err(fatal)?)
-            }
-            false => None,
-        };
-        let memory = rspec.number("mem_limit").unwrap_or(0);
-        Ok(host::Limits {
-            cpu_share: CpuShare::new(share).map_err(fatal)?,
-            cpu_max,
-            memory: MemoryLimits {
-                max: Some(memory.saturating_add(self.config.overhead_mib << 20)),
-                min: Some(rspec.number("mem_reserve").unwrap_or(0).min(memory)),
-                oom_group: Some(true),
-                ..MemoryLimits::default()
-            },
-            pids_max: 32 + rspec.number("vcpus").unwrap_or(1) as u32,
-        })
     }
 
     /// Ends what runs of a sliver and takes away what only a running VM needs.
@@ -379,11 +361,11 @@ impl VmType for Kvm {
 
     fn resize<'a>(&'a self, sliver: &'a SliverSpec) -> Work<'a, ()> {
         Box::pin(async move {
-            let limits = self.limits(&sliver.rspec)?;
+            let limits = values::limits(&self.config, &sliver.rspec)?;
             let cgroup = self.places.cgroup(sliver.vm_id);
             blocking(move || limits.apply_live(&cgroup)).await?;
             self.network
-                .set_rate(sliver.index, bandwidth(&sliver.rspec)?)
+                .set_rate(sliver.index, values::bandwidth(&sliver.rspec)?)
                 .await
                 .map_err(|e| Failure::retryable(e.to_string()))?;
             let request = Request::SetKeys {
@@ -436,31 +418,6 @@ impl VmType for Kvm {
     }
 }
 
-/// What a sliver may send: a guarantee of at least PlanetLab's 1 kbit/s, and a ceiling if it has one.
-fn bandwidth(rspec: &Rspec) -> Result<Bandwidth, Failure> {
-    let rate = |bits| Rate::from_bits_per_second(bits).map_err(|e| Failure::fatal(e.to_string()));
-    Ok(Bandwidth {
-        guarantee: rate(rspec.number("base_rate").unwrap_or(1_000).max(1_000))?,
-        peak: rspec.number("burst_rate").map(rate).transpose()?,
-    })
-}
-
-/// A host name from an account: letters, digits and hyphens, as RFC 1123 has it, at most 63 of them.
-fn host_name(account: &str) -> String {
-    let name: String = account
-        .chars()
-        .take(63)
-        .map(|c| {
-            if c.is_ascii_alphanumeric() {
-                c.to_ascii_lowercase()
-            } else {
-                '-'
-            }
-        })
-        .collect();
-    name.trim_matches('-').to_owned()
-}
-
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
 ) -> Result<T, Failure> {
@@ -469,27 +426,5 @@ async fn blocking<T: Send + 'static>(
         Err(error) => Err(Failure::retryable(format!(
             "a step of the backend failed: {error}"
         ))),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn host_names_keep_rfc_1123() {
-        assert_eq!(host_name("princeton_codeen"), "princeton-codeen");
-        assert_eq!(host_name("inria.sop_X."), "inria-sop-x");
-        assert!(host_name(&format!("a_{}", "b".repeat(80))).len() <= 63);
-    }
-
-    #[test]
-    fn a_sliver_always_has_some_bandwidth() {
-        let none = bandwidth(&Rspec::new()).unwrap();
-        assert_eq!((none.guarantee.bits_per_second(), none.peak), (1_000, None));
-        let json = serde_json::json!({"base_rate": "2 Mbit/s", "burst_rate": "10 Mbit/s"});
-        let some = bandwidth(&Rspec::from_json(&json).unwrap()).unwrap();
-        assert_eq!(some.guarantee.bits_per_second(), 2_000_000);
-        assert_eq!(some.peak.map(Rate::bits_per_second), Some(10_000_000));
     }
 }

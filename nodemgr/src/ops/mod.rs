@@ -5,6 +5,8 @@
 
 pub(crate) mod pools;
 mod slivers;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 
