@@ -12,16 +12,21 @@ use super::{Ref, slivers};
 use crate::db::Conn;
 use crate::error::{Error, Invalid, Result};
 
-/// Sets an attribute from a tag's text: as text where the attribute takes that, else as JSON (lists).
+/// Sets an attribute from a tag's text: as text where the attribute takes that, else as JSON (lists; structs
+/// of foreign attributes).
 pub fn set_text(rspec: &mut Rspec, name: &str, value: &str) -> Result<()> {
-    let as_text = rspec.set_json(name, &Json::String(value.to_owned()));
-    let list = value.trim_start().starts_with(['[', '{']);
-    match as_text {
-        Err(error) if list => match serde_json::from_str::<Json>(value) {
-            Ok(json) => Ok(rspec.set_json(name, &json)?),
-            Err(_) => Err(error.into()),
+    let json = match value.trim_start().starts_with(['[', '{']) {
+        true => serde_json::from_str::<Json>(value).ok(),
+        false => None,
+    };
+    let text = Json::String(value.to_owned());
+    match json {
+        Some(json) if name.starts_with("x-") => Ok(rspec.set_json(name, &json)?),
+        Some(json) => match rspec.set_json(name, &text) {
+            Ok(()) => Ok(()),
+            Err(_) => Ok(rspec.set_json(name, &json)?),
         },
-        other => Ok(other?),
+        None => Ok(rspec.set_json(name, &text)?),
     }
 }
 
