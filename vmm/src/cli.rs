@@ -1,7 +1,5 @@
 //! The command line.
 
-use std::path::PathBuf;
-
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::fds::Named;
@@ -88,10 +86,10 @@ pub struct VmArgs {
     /// System call filters. `off` is for debugging only.
     #[arg(long, value_enum, default_value = "on")]
     pub seccomp: Switch,
+    /// End when the parent process does.
+    #[arg(long)]
+    pub die_with_parent: bool,
     /// When the caller began to start this VM (CLOCK_MONOTONIC, ns): recorded as the first phase.
     #[arg(long, value_name = "NS")]
     pub start_time_ns: Option<u64>,
 }
-
-/// A path given by a person.
-pub type HostPath = PathBuf;

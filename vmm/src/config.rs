@@ -257,7 +257,10 @@ fn parse_mac(text: &str) -> Result<[u8; 6], Error> {
     let mut mac = [0u8; 6];
     let mut parts = text.split(':');
     for byte in &mut mac {
-        let part = parts.next().filter(|part| part.len() == 2).ok_or_else(error)?;
+        let part = parts
+            .next()
+            .filter(|part| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit()))
+            .ok_or_else(error)?;
         *byte = u8::from_str_radix(part, 16).map_err(|_| error())?;
     }
     // Multicast and zero addresses are no host's.

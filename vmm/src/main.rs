@@ -10,7 +10,15 @@ fn main() -> ExitCode {
     let exit = match &cli.command {
         None => mandoline_vmm::vm::run(&cli.vm),
         Some(Command::Vm(args)) => mandoline_vmm::vm::run(args),
-        Some(Command::Run(_)) => return ExitCode::FAILURE,
+        Some(Command::Run(args)) => {
+            return match mandoline_vmm::run::run(args) {
+                Ok(code) => ExitCode::from(code),
+                Err(error) => {
+                    eprintln!("mandoline-vmm: {error}");
+                    ExitCode::FAILURE
+                }
+            };
+        }
     };
     ExitCode::from(exit.reason.exit_code())
 }

@@ -86,14 +86,17 @@ pub struct Terminal {
     pub output: Option<File>,
 }
 
-/// Blocks the signals that end a VM, in this thread and those it starts, and returns a descriptor of them.
-pub fn signals() -> Result<OwnedFd, Error> {
+/// Blocks the signals that end a VM (SIGTERM and, if `interrupt`, SIGINT), in this thread and those it starts, and
+/// returns a descriptor of them.
+pub fn signals(interrupt: bool) -> Result<OwnedFd, Error> {
     // SAFETY: the set is initialised by sigemptyset before it is used; the descriptor is new and owned here.
     unsafe {
         let mut set: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&mut set);
         libc::sigaddset(&mut set, libc::SIGTERM);
-        libc::sigaddset(&mut set, libc::SIGINT);
+        if interrupt {
+            libc::sigaddset(&mut set, libc::SIGINT);
+        }
         libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
         match libc::signalfd(-1, &set, libc::SFD_NONBLOCK | libc::SFD_CLOEXEC) {
             fd @ 0.. => Ok(OwnedFd::from_raw_fd(fd)),

@@ -108,7 +108,8 @@ fn start(
     phases: &Arc<Phases>,
     log_fd: i32,
 ) -> Result<Exit, Error> {
-    let signals = monitor::signals()?;
+    // `run` deals with Ctrl-C itself, and the terminal sends it to both.
+    let signals = monitor::signals(!args.die_with_parent)?;
     let vm_config = read_config(args, &mut inherited)?;
     let spec = config::open(&vm_config, &mut inherited)?;
     let terminal = terminal(args, &mut inherited)?;
@@ -128,6 +129,9 @@ fn start(
         .zip(args.jail_gid)
         .map(|(uid, gid)| Identity { uid, gid });
     jail::enter(identity)?;
+    if args.die_with_parent {
+        jail::die_with_parent()?;
+    }
     let filters = args.seccomp == Switch::On;
     if filters {
         seccomp::install_handler(log_fd).map_err(host("handler of forbidden calls"))?;

@@ -6,6 +6,7 @@
 //! pages that the guest never touches are never read. The rest (the ends of segments) is read.
 
 use std::fs::File;
+use std::io::Seek;
 use std::os::fd::AsRawFd;
 
 use linux_loader::cmdline::Cmdline;
@@ -188,6 +189,8 @@ pub fn initrd(memory: &Memory, mut file: &File, kernel_end: u64) -> Result<(u64,
     let mut target: VolatileSlice = memory
         .get_slice(GuestAddress(start), bytes as usize)
         .map_err(write_error("initial RAM disk"))?;
+    // An inherited descriptor may stand anywhere.
+    file.rewind().map_err(write_error("initial RAM disk"))?;
     file.read_exact_volatile(&mut target)
         .map_err(|error| write_error("initial RAM disk")(error))?;
     Ok((start, bytes))

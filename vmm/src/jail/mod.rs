@@ -74,6 +74,23 @@ pub fn enter(identity: Option<Identity>) -> Result<(), Error> {
     check("core limit", unsafe { libc::setrlimit(libc::RLIMIT_CORE, &none) })
 }
 
+/// Ends this process when its parent does. After [`enter`], since a change of user id takes it back.
+pub fn die_with_parent() -> Result<(), Error> {
+    // SAFETY: prctl with numbers only.
+    check("death signal", unsafe {
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0)
+    })?;
+    // It may have ended before that.
+    if rustix::process::getppid() == Some(rustix::process::Pid::INIT) {
+        let source = io::Error::new(io::ErrorKind::NotFound, "the parent process has ended");
+        return Err(Error {
+            step: "death signal",
+            source,
+        });
+    }
+    Ok(())
+}
+
 /// Makes an empty directory the root and deletes it.
 fn empty_root() -> Result<(), Error> {
     let failed = |step| move |source| Error { step, source };

@@ -1,0 +1,540 @@
+//! The life of a VM that was started by hand: limits, the monitor, the join, the end.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use mandoline_api::agent::{self as protocol, Event};
+use mandoline_api::monitor::{
+    BootSource, Drive, Entropy, ExitReason, MachineConfig, NetworkInterface, Phase, StateLine, VSOCK_OUT_FD,
+    VmConfig, Vsock,
+};
+use mandoline_limits::cgroup::{CpuMax, CpuShare, MemoryLimits};
+use mandoline_limits::shaper::Bandwidth;
+use mandoline_limits::vm::{self as limits, Guard, TapLimits, VmLimits};
+use rustix::event::{PollFd, PollFlags};
+use rustix::process::{Pid, PidfdFlags, Signal};
+use rustix::termios::{LocalModes, OptionalActions, Termios};
+
+use crate::cli::Switch;
+use crate::config::DEFAULT_COMMAND_LINE;
+use crate::monitor;
+use crate::run::agent;
+use crate::run::options::RunArgs;
+use crate::state::monotonic_ns;
+
+/// What the sliver's kernel is told beside [`DEFAULT_COMMAND_LINE`] when there is a root image.
+const ROOT_ARGUMENTS: &str = "root=/dev/vda rootfstype=erofs ro init=/sbin/mandoline-agent";
+/// The first user id for monitors that are given none: far above people and services.
+const FIRST_UID: u32 = 0x7000_0000;
+const GUEST_CID: u32 = 3;
+
+/// `run` failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The limits.
+    #[error(transparent)]
+    Limits(#[from] mandoline_limits::Error),
+    /// The monitor's own preparations.
+    #[error(transparent)]
+    Monitor(#[from] monitor::Error),
+    /// The host.
+    #[error("{what}: {source}")]
+    Host {
+        /// What was tried.
+        what: String,
+        /// What the host said.
+        source: io::Error,
+    },
+}
+
+fn host(what: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
+    let what = what.into();
+    move |source| Error::Host { what, source }
+}
+
+/// Descriptors for the child, each under a name.
+#[derive(Default)]
+struct Handed(Vec<(String, OwnedFd)>);
+
+impl Handed {
+    fn give(&mut self, name: &str, fd: impl Into<OwnedFd>) -> Result<String, Error> {
+        let fd = fd.into();
+        // The child must inherit it; nothing else is started while it is open.
+        rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::empty())
+            .map_err(|error| host(format!("handing over {name}"))(error.into()))?;
+        self.0.push((name.to_owned(), fd));
+        Ok(format!("fd:{name}"))
+    }
+
+    fn file(&mut self, name: &str, path: &Path, write: bool) -> Result<String, Error> {
+        let file = File::options().read(true).write(write).open(path);
+        self.give(
+            name,
+            file.map_err(host(format!("{name}: opening {}", path.display())))?,
+        )
+    }
+
+    fn sink(&mut self, name: &str, path: &Path) -> Result<String, Error> {
+        let file = File::options().append(true).create(true).open(path);
+        self.give(
+            name,
+            file.map_err(host(format!("{name}: opening {}", path.display())))?,
+        )
+    }
+}
+
+/// Boots the sliver and returns the monitor's exit status.
+pub fn run(args: &RunArgs) -> Result<u8, Error> {
+    let started = monotonic_ns();
+    let mut guard = limits::apply(&vm_limits(args)?)?;
+    let socket = PrivateSocket::new(args.vsock.as_deref())?;
+    let mut handed = Handed::default();
+    let config = configuration(args, &mut guard, &socket, &mut handed)?;
+    let config_text = serde_json::to_vec(&config).map_err(|error| host("configuration")(error.into()))?;
+    handed.give("config", memory_file("config", &config_text)?)?;
+
+    let mut state = match &args.state_file {
+        Some(path) => File::options().read(true).append(true).create(true).open(path),
+        None => Ok(memory_file("state", &[])?),
+    }
+    .map_err(host("state file"))?;
+    // Appending, so that its descriptor here, which reads, and the monitor's do not disturb each other.
+    handed.give("state", reopen_for_append(&state)?)?;
+    let log = args
+        .log
+        .as_ref()
+        .map(|path| handed.sink("log", path))
+        .transpose()?;
+    let serial = args
+        .serial
+        .as_ref()
+        .map(|path| handed.sink("serial", path))
+        .transpose()?;
+    let (broker, theirs) = rustix::net::socketpair(
+        rustix::net::AddressFamily::UNIX,
+        rustix::net::SocketType::SEQPACKET,
+        rustix::net::SocketFlags::CLOEXEC,
+        None,
+    )
+    .map_err(|error| host("socketpair")(error.into()))?;
+    handed.give(VSOCK_OUT_FD, theirs)?;
+
+    let mut command = Command::new(std::env::current_exe().map_err(host("finding this program"))?);
+    command.args([
+        "vm",
+        "--id",
+        &args.name,
+        "--config-file",
+        "fd:config",
+        "--state-file",
+        "fd:state",
+    ]);
+    command.args(["--boot-timer", "--start-time-ns", &started.to_string()]);
+    command.arg("--die-with-parent");
+    for (option, value) in [("--log", log), ("--serial", serial)] {
+        if let Some(value) = value {
+            command.args([option, &value]);
+        }
+    }
+    if let Some(path) = &args.api_sock {
+        command.arg("--api-sock").arg(path);
+    }
+    if args.seccomp == Switch::Off {
+        command.args(["--seccomp", "off"]);
+    }
+    if rustix::process::geteuid().is_root() {
+        let uid = args
+            .jail_uid
+            .unwrap_or(FIRST_UID + std::process::id())
+            .to_string();
+        command.args(["--jail-uid", &uid, "--jail-gid", &uid]);
+    }
+    for (name, fd) in &handed.0 {
+        command.arg("--fd").arg(format!("{name}={}", fd.as_raw_fd()));
+    }
+
+    let signals = monitor::signals(true)?;
+    let terminal = RawTerminal::enter();
+    let mut child = spawn(&mut command, &guard)?;
+    drop(handed);
+    let status = supervise(args, &mut child, &signals, &broker, &socket);
+    drop(terminal);
+    let code = match status {
+        Ok(code) => code,
+        Err(error) => {
+            // Nothing may be left behind, whatever failed here.
+            let _ = child.kill();
+            let _ = child.wait();
+            return Err(error);
+        }
+    };
+    report(&mut state, started);
+    guard.close()?;
+    Ok(code)
+}
+
+fn vm_limits(args: &RunArgs) -> Result<VmLimits, Error> {
+    let mut limits = VmLimits::new(&args.name);
+    limits.cpu_share = args.cpu_share.map(CpuShare::new).transpose()?;
+    limits.cpu_max = args.cpu_cap.map(CpuMax::of_one_cpu).transpose()?;
+    if args.mem_limit.is_some() {
+        limits.memory = MemoryLimits {
+            max: args.mem_limit,
+            oom_group: Some(true),
+            ..Default::default()
+        };
+    }
+    limits.tap = args.tap.as_ref().map(|name| TapLimits {
+        name: name.clone(),
+        address: args.host_address(),
+        mtu: None,
+        bandwidth: args.rate.map(|guarantee| Bandwidth {
+            guarantee,
+            peak: args.peak.or(args.rate),
+        }),
+    });
+    Ok(limits)
+}
+
+fn configuration(
+    args: &RunArgs,
+    guard: &mut Guard,
+    socket: &PrivateSocket,
+    handed: &mut Handed,
+) -> Result<VmConfig, Error> {
+    let kernel = handed.file("kernel", &args.kernel, false)?;
+    let mut drives = Vec::new();
+    for (id, path, read_only) in [("root", &args.root, true), ("disk", &args.disk, false)] {
+        if let Some(path) = path {
+            drives.push(Drive {
+                drive_id: id.to_owned(),
+                path_on_host: handed.file(id, path, !read_only)?,
+                is_root_device: id == "root",
+                is_read_only: read_only,
+                cache_type: Default::default(),
+                io_engine: Default::default(),
+            });
+        }
+    }
+    let mut network_interfaces = Vec::new();
+    if let Some(tap) = guard.take_tap() {
+        network_interfaces.push(NetworkInterface {
+            iface_id: "eth0".to_owned(),
+            host_dev_name: handed.give("tap0", tap)?,
+            guest_mac: args.mac(),
+            mtu: None,
+        });
+    }
+    let listener = socket.listener.try_clone().map_err(host("vsock"))?;
+    let mut line = args.command_line.clone().unwrap_or_else(|| {
+        let root = if args.root.is_some() { ROOT_ARGUMENTS } else { "" };
+        format!("{DEFAULT_COMMAND_LINE} {root}")
+    });
+    line.push(' ');
+    line.push_str(&args.append);
+    Ok(VmConfig {
+        boot_source: BootSource {
+            kernel_image_path: kernel,
+            boot_args: Some(line.trim().to_owned()),
+            initrd_path: None,
+        },
+        machine_config: MachineConfig {
+            vcpu_count: args.vcpus,
+            mem_size_mib: args.mem >> 20,
+            ..Default::default()
+        },
+        drives,
+        network_interfaces,
+        vsock: Some(Vsock {
+            guest_cid: GUEST_CID,
+            uds_path: handed.give("vsock", listener)?,
+            vsock_id: None,
+        }),
+        entropy: Some(Entropy {}),
+    })
+}
+
+/// Starts the monitor inside its cgroup, out of the reach of the terminal's Ctrl-C.
+fn spawn(command: &mut Command, guard: &Guard) -> Result<Child, Error> {
+    let procs = match guard.cgroup() {
+        Some(cgroup) => {
+            let path = cgroup.path().join("cgroup.procs");
+            Some(
+                File::options()
+                    .write(true)
+                    .open(&path)
+                    .map_err(host(path.display().to_string()))?,
+            )
+        }
+        None => None,
+    };
+    // SAFETY: between fork and exec only async-signal-safe calls are made: write, sigaction and a change of the
+    // signal mask.
+    unsafe {
+        command.pre_exec(move || {
+            if let Some(procs) = &procs {
+                (&*procs).write_all(b"0")?;
+            }
+            // The terminal sends Ctrl-C to both; the monitor leaves it to us.
+            libc::signal(libc::SIGINT, libc::SIG_IGN);
+            let mut set: libc::sigset_t = std::mem::zeroed();
+            libc::sigemptyset(&mut set);
+            libc::pthread_sigmask(libc::SIG_SETMASK, &set, std::ptr::null_mut());
+            Ok(())
+        });
+    }
+    command.spawn().map_err(host("starting the monitor"))
+}
+
+/// Waits for the monitor's end; meanwhile joins the guest when it is up, and hears Ctrl-C.
+fn supervise(
+    args: &RunArgs,
+    child: &mut Child,
+    signals: &OwnedFd,
+    broker: &OwnedFd,
+    socket: &PrivateSocket,
+) -> Result<u8, Error> {
+    let pid = Pid::from_child(child);
+    let pidfd =
+        rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(|error| host("pidfd")(error.into()))?;
+    let socket = Arc::new(socket.path.clone());
+    let mut asked = 0;
+    let mut broker = Some(broker);
+    let greeted = Arc::new(AtomicBool::new(false));
+    loop {
+        let mut fds = vec![
+            PollFd::new(&pidfd, PollFlags::IN),
+            PollFd::new(signals, PollFlags::IN),
+        ];
+        fds.extend(broker.map(|broker| PollFd::new(broker, PollFlags::IN)));
+        match rustix::event::poll(&mut fds, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(host("poll")(error.into())),
+        }
+        let ready = |index: usize| {
+            fds.get(index)
+                .is_some_and(|fd: &PollFd<'_>| !fd.revents().is_empty())
+        };
+        let (ended, signalled, stream) = (ready(0), ready(1), ready(2));
+        if ended {
+            let status = child.wait().map_err(host("waiting for the monitor"))?;
+            return Ok(status
+                .code()
+                .and_then(|code| u8::try_from(code).ok())
+                .unwrap_or(255));
+        }
+        if signalled {
+            let mut info = [0u8; 128];
+            let _ = rustix::io::read(signals, &mut info);
+            asked += 1;
+            end(asked, &pidfd, &socket);
+        }
+        if stream && let Some(from) = broker {
+            match receive_stream(from) {
+                Ok(Some(stream)) => greet(args.clone(), stream, socket.clone(), greeted.clone()),
+                Ok(None) => broker = None,
+                Err(error) => eprintln!("mandoline-vmm: a stream of the guest: {error}"),
+            }
+        }
+    }
+}
+
+/// The first Ctrl-C asks the guest, the second ends the monitor.
+fn end(asked: u32, pidfd: &OwnedFd, socket: &Path) {
+    if asked > 1 {
+        eprintln!("mandoline-vmm: ending the VM");
+        let _ = rustix::process::pidfd_send_signal(pidfd, Signal::TERM);
+        return;
+    }
+    eprintln!("mandoline-vmm: asking the guest to shut down (Ctrl-C again ends it at once)");
+    let socket = socket.to_owned();
+    let pidfd = pidfd.try_clone();
+    // In a thread, so that the second Ctrl-C is heard meanwhile.
+    std::thread::spawn(move || {
+        if let Err(error) = agent::shut_down(&socket) {
+            eprintln!("mandoline-vmm: {error}; ending the VM");
+            if let Ok(pidfd) = pidfd {
+                let _ = rustix::process::pidfd_send_signal(&pidfd, Signal::TERM);
+            }
+        }
+    });
+}
+
+/// Takes a stream that the guest opened; `None` when the monitor is gone.
+fn receive_stream(broker: &OwnedFd) -> io::Result<Option<OwnedFd>> {
+    let mut text = [0u8; 256];
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = rustix::net::RecvAncillaryBuffer::new(&mut space);
+    let got = rustix::net::recvmsg(
+        broker,
+        &mut [io::IoSliceMut::new(&mut text)],
+        &mut ancillary,
+        rustix::net::RecvFlags::CMSG_CLOEXEC,
+    )?;
+    let mut streams = ancillary.drain().filter_map(|message| match message {
+        rustix::net::RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+        _ => None,
+    });
+    let stream = streams.next().and_then(|mut fds| fds.next());
+    match (got.bytes, stream) {
+        (0, None) => Ok(None),
+        (_, Some(stream)) => Ok(Some(stream)),
+        (_, None) => Err(io::ErrorKind::InvalidData.into()),
+    }
+}
+
+/// Hears the agent say that it is up, and joins it. In a thread of its own: the guest may be slow.
+fn greet(args: RunArgs, stream: OwnedFd, socket: Arc<PathBuf>, greeted: Arc<AtomicBool>) {
+    let started = monotonic_ns();
+    std::thread::spawn(move || {
+        let mut stream = std::os::unix::net::UnixStream::from(stream);
+        let frame = protocol::read_frame(&mut stream).ok().flatten();
+        let event = frame.and_then(|body| serde_json::from_slice::<Event>(&body).ok());
+        let Some(Event::Up(hello)) = event else { return };
+        let since = |at: u64| at.saturating_sub(started) / 1_000_000;
+        eprintln!(
+            "mandoline-vmm: agent {} up after {} ms\r",
+            hello.agent,
+            since(monotonic_ns())
+        );
+        if args.no_join {
+            return;
+        }
+        match agent::join(&args, &socket) {
+            Ok(reply) => {
+                let all = monotonic_ns().saturating_sub(started) / 1_000_000;
+                let guest = reply.timings_us.total / 1000;
+                eprintln!("mandoline-vmm: joined in {all} ms (in the guest: {guest} ms)\r");
+                if let Some(address) = args.address.filter(|_| args.tap.is_some()) {
+                    eprintln!("mandoline-vmm: ssh root@{}\r", address.address);
+                }
+            }
+            Err(error) => eprintln!("mandoline-vmm: {error}\r"),
+        }
+    });
+}
+
+/// Says how it ended, and how long the start took.
+fn report(state: &mut File, started: u64) {
+    let mut text = String::new();
+    if state
+        .rewind()
+        .and_then(|()| state.read_to_string(&mut text))
+        .is_err()
+    {
+        return;
+    }
+    for line in text
+        .lines()
+        .filter_map(|line| serde_json::from_str::<StateLine>(line).ok())
+    {
+        match line {
+            StateLine::Phase(mark) if mark.phase != Phase::ProcessStart && mark.monotonic_ns >= started => {
+                let us = (mark.monotonic_ns - started) / 1000;
+                eprintln!(
+                    "mandoline-vmm: {:>9}.{:03} ms  {:?}",
+                    us / 1000,
+                    us % 1000,
+                    mark.phase
+                );
+            }
+            StateLine::State(change) => {
+                if let Some(reason) = change.reason {
+                    let detail = change.detail.map(|text| format!(": {text}")).unwrap_or_default();
+                    let word = match reason {
+                        ExitReason::Shutdown => "the guest powered off",
+                        ExitReason::Reboot => "the guest asked for a reboot",
+                        ExitReason::Panic => "the guest's kernel panicked",
+                        ExitReason::TripleFault => "the guest took a triple fault",
+                        ExitReason::Killed => "ended by a signal",
+                        ExitReason::Error => "the monitor failed",
+                    };
+                    eprintln!("mandoline-vmm: {word}{detail}");
+                }
+            }
+            StateLine::Phase(_) => {}
+        }
+    }
+}
+
+/// The vsock socket: where the caller wants it, or in a directory of its own that goes with it.
+struct PrivateSocket {
+    listener: UnixListener,
+    path: PathBuf,
+    directory: Option<PathBuf>,
+}
+
+impl PrivateSocket {
+    fn new(wanted: Option<&Path>) -> Result<Self, Error> {
+        let (path, directory) = match wanted {
+            Some(path) => (path.to_owned(), None),
+            None => {
+                let directory = std::env::temp_dir().join(format!("mandoline-run-{}", std::process::id()));
+                std::os::unix::fs::DirBuilderExt::mode(&mut std::fs::DirBuilder::new(), 0o700)
+                    .create(&directory)
+                    .map_err(host(format!("making {}", directory.display())))?;
+                (directory.join("vsock"), Some(directory))
+            }
+        };
+        let listener =
+            UnixListener::bind(&path).map_err(host(format!("vsock: making {}", path.display())))?;
+        Ok(Self {
+            listener,
+            path,
+            directory,
+        })
+    }
+}
+
+impl Drop for PrivateSocket {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+        if let Some(directory) = &self.directory {
+            let _ = std::fs::remove_dir(directory);
+        }
+    }
+}
+
+/// A terminal whose keys go to the guest one by one, unechoed; Ctrl-C stays ours. Restored when dropped.
+struct RawTerminal(Termios);
+
+impl RawTerminal {
+    fn enter() -> Option<Self> {
+        let before = rustix::termios::tcgetattr(io::stdin()).ok()?;
+        let mut raw = before.clone();
+        raw.local_modes.remove(LocalModes::ICANON | LocalModes::ECHO);
+        rustix::termios::tcsetattr(io::stdin(), OptionalActions::Now, &raw).ok()?;
+        Some(Self(before))
+    }
+}
+
+impl Drop for RawTerminal {
+    fn drop(&mut self) {
+        let _ = rustix::termios::tcsetattr(io::stdin(), OptionalActions::Now, &self.0);
+    }
+}
+
+fn memory_file(name: &str, bytes: &[u8]) -> Result<File, Error> {
+    let fd = rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC)
+        .map_err(|error| host(format!("memfd {name}"))(error.into()))?;
+    let mut file = File::from(fd);
+    file.write_all(bytes)
+        .and_then(|()| file.rewind())
+        .map_err(host(format!("memfd {name}")))?;
+    Ok(file)
+}
+
+fn reopen_for_append(file: &File) -> Result<File, Error> {
+    let path = format!("/proc/self/fd/{}", file.as_fd().as_raw_fd());
+    File::options()
+        .append(true)
+        .open(path)
+        .map_err(host("state file"))
+}
