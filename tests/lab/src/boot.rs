@@ -127,7 +127,7 @@ impl Place {
             known_hosts: known_hosts.clone(),
             control: dir.join("ssh"),
         };
-        wait_for_banner(&spec.name, &mut qemu, dir, ssh_port)?;
+        wait_for_sshd(&spec.name, &mut qemu, dir, ssh_port, 0)?;
         let sshd_ms = milliseconds(began);
         let master = target
             .master()
@@ -250,7 +250,8 @@ fn wait_for_qmp(qemu: &mut Child, dir: &Path) -> Result<bool> {
 
 /// Waits for the console's word that the node's first stage is done, then for sshd. Not for sshd at once: QEMU accepts
 /// connections on the node's behalf from the first moment, and each that piles up there costs the node an sshd later.
-fn wait_for_banner(name: &str, qemu: &mut Child, dir: &Path, port: u16) -> Result<()> {
+/// `seen` bytes of the console are from an earlier boot.
+pub(crate) fn wait_for_sshd(name: &str, qemu: &mut Child, dir: &Path, port: u16, seen: u64) -> Result<()> {
     let began = Instant::now();
     let console = dir.join("console.log");
     let mut stage_done = false;
@@ -272,6 +273,9 @@ fn wait_for_banner(name: &str, qemu: &mut Child, dir: &Path, port: u16) -> Resul
         }
         if !stage_done {
             let text = std::fs::read(&console).unwrap_or_default();
+            let text = text
+                .get(usize::try_from(seen).unwrap_or(usize::MAX)..)
+                .unwrap_or_default();
             stage_done = text.windows(STAGE_DONE.len()).any(|w| w == STAGE_DONE);
         } else if let Ok(mut stream) = TcpStream::connect((Ipv4Addr::LOCALHOST, port)) {
             let mut banner = [0; 4];

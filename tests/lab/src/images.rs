@@ -77,6 +77,17 @@ impl SliverImages {
     }
 }
 
+/// The disk with the benchmarks' peer, for [`crate::NodeSpec::peer`]; cached.
+pub fn peer() -> Result<PathBuf> {
+    let dir = builder(
+        "the benchmarks' peer",
+        "MANDOLINE_SOURCE",
+        "guest-image/node/peer",
+        &[],
+    )?;
+    Ok(dir.join("peer.erofs"))
+}
+
 fn from_environment(name: &'static str) -> Result<Option<PathBuf>> {
     match std::env::var_os(name) {
         None => Ok(None),

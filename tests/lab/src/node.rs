@@ -1,6 +1,6 @@
 //! A running node: how it is talked to and taken down.
 
-use crate::boot::{boot_error, free_port};
+use crate::boot::{boot_error, free_port, wait_for_sshd};
 use crate::hub::Link;
 use crate::process::Child;
 use crate::qmp::Qmp;
@@ -150,6 +150,28 @@ impl Node {
         let mut qmp = Qmp::connect(&self.info.dir.join("qmp"))?;
         qmp.command("set_link", json!({ "name": "uplink", "up": up }))
             .map(drop)
+    }
+
+    /// Cuts the node's power and gives it back: what it had not written to its disks is lost. Waits until it is up
+    /// again; the services are not waited for.
+    pub fn cut_power(&mut self) -> Result<()> {
+        let before = std::fs::metadata(&self.info.console).map_or(0, |m| m.len());
+        {
+            let mut qmp = Qmp::connect(&self.info.dir.join("qmp"))?;
+            // Otherwise a reset ends QEMU: a node that panics while it boots must not do so for ever.
+            qmp.command("set-action", json!({ "reboot": "reset" }))?;
+            qmp.command("system_reset", json!({}))?;
+        }
+        self.master = None;
+        wait_for_sshd(
+            &self.info.name,
+            &mut self.qemu,
+            &self.info.dir,
+            self.info.ssh_port,
+            before,
+        )?;
+        Qmp::connect(&self.info.dir.join("qmp"))?.command("set-action", json!({ "reboot": "shutdown" }))?;
+        self.reconnect()
     }
 
     /// Opens the shared ssh connection again, after the node's sshd or link was gone for long.

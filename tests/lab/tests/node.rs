@@ -158,7 +158,13 @@ fn ways_in_and_out() -> Tested {
     assert!(config.ends_with("600\n"), "{config}");
     assert!(node.console().contains("stage 1 done"), "{}", node.console());
 
-    // The console ends and the machine with it.
+    // A power cut loses what was not written, keeps what was, and leaves the ways in as they were.
+    node.shell("echo kept > /var/lib/mandoline/kept && sync && echo x > /run/lost")?;
+    node.cut_power()?;
+    assert_eq!(
+        node.shell("cat /var/lib/mandoline/kept; ls /run/lost 2>/dev/null || echo gone")?,
+        "kept\ngone\n"
+    );
     assert!(node.running());
     node.power_off()?;
     Ok(())
