@@ -143,9 +143,19 @@ pub fn source_tree() -> Option<PathBuf> {
 
 /// The directory with Mandoline's programs: `MANDOLINE_BIN`, else beside this program (or above it, for tests), else
 /// `target/release`.
-pub fn programs() -> Option<PathBuf> {
-    if let Some(dir) = std::env::var_os("MANDOLINE_BIN") {
-        return Some(dir.into());
+pub fn programs() -> Result<PathBuf> {
+    let missing = |how: String| LabError::Image {
+        what: "mandoline-vmm",
+        how,
+    };
+    if let Some(dir) = std::env::var_os("MANDOLINE_BIN").map(PathBuf::from) {
+        if dir.join("mandoline-vmm").is_file() {
+            return Ok(dir);
+        }
+        return Err(missing(format!(
+            "it is not in MANDOLINE_BIN ({:?}); cargo build --release",
+            dir.display()
+        )));
     }
     let exe = std::env::current_exe().ok();
     let beside = exe
@@ -155,6 +165,9 @@ pub fn programs() -> Option<PathBuf> {
     beside
         .chain(source_tree().map(|s| s.join("target/release")))
         .find(|dir| dir.join("mandoline-vmm").is_file())
+        .ok_or_else(|| {
+            missing("cargo build --release, or set MANDOLINE_BIN to the programs' directory".into())
+        })
 }
 
 /// The program `mandoline-lab` itself, which QEMU runs for each connection from a node to the host's service.

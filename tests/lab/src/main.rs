@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
-use mandoline_lab::{Lab, NodeInfo, NodeSpec, SliverImages, doctor};
+use mandoline_lab::{Lab, NodeInfo, NodeSpec, doctor};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -224,16 +224,11 @@ fn spec(options: &NodeOptions, number: u8) -> Result<NodeSpec> {
     if let Some(name) = spec.settings.get("HOST_NAME") {
         spec.name = name.clone();
     }
-    if !options.bare {
-        spec.programs = mandoline_lab::images::programs();
-        if spec.programs.is_none() {
-            bail!(
-                "Mandoline's programs were not found: cargo build --release, or set MANDOLINE_BIN, or take --bare"
-            );
-        }
-        spec.sliver_images = Some(SliverImages::find()?);
-    }
-    Ok(spec)
+    Ok(if options.bare {
+        spec
+    } else {
+        spec.with_mandoline()?
+    })
 }
 
 fn up(nodes: u8, options: &NodeOptions) -> Result<ExitCode> {

@@ -1,6 +1,6 @@
 //! How a node is asked for.
 
-use crate::{LabError, Result, SliverImages, images};
+use crate::{Result, SliverImages, images};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -57,11 +57,7 @@ impl NodeSpec {
     /// With Mandoline's programs and the sliver images, as found (see [`Images`]); the services do not run yet:
     /// that is for the setting `SERVICES`.
     pub fn with_mandoline(mut self) -> Result<NodeSpec> {
-        let programs = images::programs().ok_or_else(|| LabError::Image {
-            what: "Mandoline's programs",
-            how: "cargo build --release, or set MANDOLINE_BIN to their directory".into(),
-        })?;
-        self.programs = Some(programs);
+        self.programs = Some(images::programs()?);
         self.sliver_images = Some(SliverImages::find()?);
         Ok(self)
     }
