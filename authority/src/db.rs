@@ -75,7 +75,13 @@ impl Db {
             .acquire_timeout(Duration::from_secs(10))
             .after_connect(move |conn, _| {
                 Box::pin(async move {
-                    if backend == Backend::Sqlite {
+                    if backend == Backend::Postgres {
+                        sqlx::query("SET lock_timeout = '10s'")
+                            .execute(&mut *conn)
+                            .await?;
+                    } else {
+                        let timeout = sqlx::AssertSqlSafe(format!("PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}"));
+                        sqlx::query(timeout).execute(&mut *conn).await?;
                         // FULL: what was answered survives a power cut, not only the death of the process.
                         for pragma in [
                             "PRAGMA journal_mode = WAL",
@@ -84,8 +90,6 @@ impl Db {
                         ] {
                             sqlx::query(pragma).execute(&mut *conn).await?;
                         }
-                        let timeout = sqlx::AssertSqlSafe(format!("PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}"));
-                        sqlx::query(timeout).execute(&mut *conn).await?;
                     }
                     Ok(())
                 })
@@ -122,7 +126,23 @@ impl Db {
             (Backend::Postgres, Access::Write) => "BEGIN ISOLATION LEVEL SERIALIZABLE",
             (Backend::Postgres, Access::Read) => "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",
         };
-        Ok(self.pool.begin_with(begin).await?)
+        // In a task of its own: a caller that goes away (a client hangs up) while BEGIN is on its way would
+        // give the connection back to the pool with a transaction open that sqlx does not know of, and the
+        // next one would run inside it. A transaction that has begun is rolled back when it is dropped.
+        let pool = self.pool.clone();
+        let serial = (self.backend, access) == (Backend::Postgres, Access::Write);
+        let begun = tokio::spawn(async move {
+            let mut tx = pool.begin_with(begin).await?;
+            if serial {
+                // Every change takes a number from `ids`, so two at once would only fail each other. The lock
+                // comes before the transaction's first look, which fixes what it sees.
+                sqlx::query("LOCK TABLE ids IN EXCLUSIVE MODE")
+                    .execute(&mut *tx)
+                    .await?;
+            }
+            Ok::<_, sqlx::Error>(tx)
+        });
+        Ok(begun.await.map_err(Error::internal)??)
     }
 
     /// Gives the outcome back, or nothing if the transaction is to be run again; for the macros.

@@ -84,8 +84,8 @@ impl Error {
     }
 }
 
-/// PostgreSQL: serialization failure, deadlock. SQLite: busy, busy snapshot, busy recovery.
-const TRANSIENT: [&str; 5] = ["40001", "40P01", "5", "517", "261"];
+/// PostgreSQL: serialization failure, deadlock, lock not to be had. SQLite: busy, busy snapshot, busy recovery.
+const TRANSIENT: [&str; 6] = ["40001", "40P01", "55P03", "5", "517", "261"];
 
 /// Whether the same transaction may succeed when it is tried again.
 pub(crate) fn is_transient(error: &sqlx::Error) -> bool {

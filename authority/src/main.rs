@@ -65,7 +65,10 @@ enum Command {
 fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,sqlx=warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
     match run(Cli::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -78,20 +81,38 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<()> {
     let runtime = tokio::runtime::Runtime::new().context("cannot start the runtime")?;
     match command {
-        Command::Init { data, admin_email, admin_password_file, database } => {
+        Command::Init {
+            data,
+            admin_email,
+            admin_password_file,
+            database,
+        } => {
             let password = setup::read_password(&admin_password_file).context("administrator's password")?;
             runtime.block_on(setup::init(&data, database.as_deref(), &admin_email, &password))?;
-            println!("authority made in {}; run it with: mandoline-authority serve --data {0}", data.display());
+            println!(
+                "authority made in {}; run it with: mandoline-authority serve --data {0}",
+                data.display()
+            );
             Ok(())
         }
-        Command::Serve { data, listen, database, compat_hmac_sha1, compat_skip_unknown, plain_http } => {
+        Command::Serve {
+            data,
+            listen,
+            database,
+            compat_hmac_sha1,
+            compat_skip_unknown,
+            plain_http,
+        } => {
             if !listen.ip().is_loopback() && !plain_http {
                 bail!(
                     "{listen} is not a loopback address, and passwords would cross the network in plain text: \
                      listen on 127.0.0.1 behind a proxy that does TLS, or say --plain-http"
                 );
             }
-            let config = Config { compat_hmac_sha1, compat_skip_unknown };
+            let config = Config {
+                compat_hmac_sha1,
+                compat_skip_unknown,
+            };
             runtime.block_on(serve(data, listen, database, config))
         }
         Command::Openapi => {
@@ -122,8 +143,13 @@ async fn serve(data: PathBuf, listen: SocketAddr, database: Option<String>, conf
         // The receivers live as long as the server does; if they are gone it has stopped.
         let _ = stop.send(true);
     });
-    println!("listening on http://{}", listener.local_addr().context("own address")?);
-    server::serve(listener, service, stopping).await.context("server")?;
+    println!(
+        "listening on http://{}",
+        listener.local_addr().context("own address")?
+    );
+    server::serve(listener, service, stopping)
+        .await
+        .context("server")?;
     opened.db.close().await;
     Ok(())
 }

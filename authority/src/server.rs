@@ -25,20 +25,41 @@ pub fn router(service: Arc<Service>) -> Router {
         .route("/healthz", get(|| async { "ok\n" }))
         .merge(plc::router(service.clone()))
         .merge(rest::router(service))
-        .fallback(|| async { error(StatusCode::NOT_FOUND, ErrorKind::NotFound, "no such path: see /v1/openapi.json") })
+        .fallback(|| async {
+            error(
+                StatusCode::NOT_FOUND,
+                ErrorKind::NotFound,
+                "no such path: see /v1/openapi.json",
+            )
+        })
         .method_not_allowed_fallback(|| async {
-            error(StatusCode::METHOD_NOT_ALLOWED, ErrorKind::InvalidArgument, "no such method: see /v1/openapi.json")
+            error(
+                StatusCode::METHOD_NOT_ALLOWED,
+                ErrorKind::InvalidArgument,
+                "no such method: see /v1/openapi.json",
+            )
         })
         .layer(CatchPanicLayer::new())
 }
 
 fn error(status: StatusCode, kind: ErrorKind, message: &str) -> impl IntoResponse {
-    let error = ApiError { kind, message: message.into(), attribute: None, value: None, allowed: None, node: None };
+    let error = ApiError {
+        kind,
+        message: message.into(),
+        attribute: None,
+        value: None,
+        allowed: None,
+        node: None,
+    };
     (status, axum::Json(ErrorBody { error }))
 }
 
 /// Serves until `stopping` is true, then lets open requests end.
-pub async fn serve(listener: TcpListener, service: Arc<Service>, mut stopping: watch::Receiver<bool>) -> std::io::Result<()> {
+pub async fn serve(
+    listener: TcpListener,
+    service: Arc<Service>,
+    mut stopping: watch::Receiver<bool>,
+) -> std::io::Result<()> {
     let mut deadline = stopping.clone();
     let app = router(service).into_make_service_with_connect_info::<SocketAddr>();
     let server = axum::serve(listener, app).with_graceful_shutdown(async move {

@@ -59,14 +59,21 @@ pub enum SetupError {
 }
 
 fn io_error(path: &Path) -> impl FnOnce(io::Error) -> SetupError + '_ {
-    move |error| SetupError::Io { path: path.to_owned(), error }
+    move |error| SetupError::Io {
+        path: path.to_owned(),
+        error,
+    }
 }
 
 fn check_mode(path: &Path, want: u32) -> Result<(), SetupError> {
     let mode = path.metadata().map_err(io_error(path))?.permissions().mode() & 0o7777;
     match mode & 0o077 {
         0 => Ok(()),
-        _ => Err(SetupError::OpenToOthers { path: path.to_owned(), mode, want }),
+        _ => Err(SetupError::OpenToOthers {
+            path: path.to_owned(),
+            mode,
+            want,
+        }),
     }
 }
 
@@ -79,7 +86,12 @@ pub fn read_password(path: &Path) -> Result<String, SetupError> {
 
 fn sqlite_url(path: &Path) -> String {
     // In a URL, '?' begins the parameters and '%' an escape.
-    let path = path.display().to_string().replace('%', "%25").replace('?', "%3f").replace('#', "%23");
+    let path = path
+        .display()
+        .to_string()
+        .replace('%', "%25")
+        .replace('?', "%3f")
+        .replace('#', "%23");
     format!("sqlite://{path}?mode=rw")
 }
 
@@ -87,7 +99,11 @@ fn sqlite_url(path: &Path) -> String {
 pub async fn init(dir: &Path, database: Option<&str>, email: &str, password: &str) -> Result<(), SetupError> {
     let new_dir = !dir.exists();
     if new_dir {
-        DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(io_error(dir))?;
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir)
+            .map_err(io_error(dir))?;
     }
     check_mode(dir, 0o700)?;
     let file = dir.join(DATABASE);
@@ -95,7 +111,12 @@ pub async fn init(dir: &Path, database: Option<&str>, email: &str, password: &st
         Some(url) => url.to_owned(),
         None => {
             // Made here so that nobody else can read it from its first byte on; its log files take its mode.
-            match OpenOptions::new().write(true).create_new(true).mode(0o600).open(&file) {
+            match OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(&file)
+            {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                     return Err(SetupError::Already(dir.display().to_string()));
@@ -137,7 +158,9 @@ async fn populate(url: &str, email: &str, password: &str) -> Result<(), SetupErr
         ..NewPerson::default()
     };
     let made = in_write!(db, |c| {
-        let people: i64 = sqlx::query_scalar("SELECT COUNT(*) FROM persons").fetch_one(&mut *c).await?;
+        let people: i64 = sqlx::query_scalar("SELECT COUNT(*) FROM persons")
+            .fetch_one(&mut *c)
+            .await?;
         if people > 0 {
             return Ok(false);
         }
@@ -187,7 +210,10 @@ pub async fn open(dir: &Path, database: Option<&str>) -> Result<Opened, SetupErr
         Err(TryLockError::Error(error)) => return Err(SetupError::Io { path, error }),
     }
     let db = Db::open(&sqlite_url(&file)).await.map_err(SetupError::Database)?;
-    Ok(Opened { db, _lock: Some(lock) })
+    Ok(Opened {
+        db,
+        _lock: Some(lock),
+    })
 }
 
 #[cfg(test)]
@@ -203,16 +229,24 @@ mod tests {
         let tmp = tempfile::tempdir().unwrap();
         let dir = tmp.path().join("a b?c");
         assert!(matches!(open(&dir, None).await, Err(SetupError::NotThere(_))));
-        init(&dir, None, "admin@example.org", "a long password").await.unwrap();
+        init(&dir, None, "admin@example.org", "a long password")
+            .await
+            .unwrap();
         assert_eq!(dir.metadata().unwrap().permissions().mode() & 0o777, 0o700);
-        assert_eq!(dir.join(DATABASE).metadata().unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(
+            dir.join(DATABASE).metadata().unwrap().permissions().mode() & 0o777,
+            0o600
+        );
         let again = init(&dir, None, "admin@example.org", "a long password").await;
         assert!(matches!(again, Err(SetupError::Already(_))));
         let opened = open(&dir, None).await.unwrap();
         assert!(matches!(open(&dir, None).await, Err(SetupError::Running(_))));
         drop(opened);
         mode(&dir.join(DATABASE), 0o644);
-        assert!(matches!(open(&dir, None).await, Err(SetupError::OpenToOthers { .. })));
+        assert!(matches!(
+            open(&dir, None).await,
+            Err(SetupError::OpenToOthers { .. })
+        ));
     }
 
     #[tokio::test]
@@ -231,7 +265,10 @@ mod tests {
         let path = tmp.path().join("pw");
         std::fs::write(&path, "a long password\n").unwrap();
         mode(&path, 0o644);
-        assert!(matches!(read_password(&path), Err(SetupError::OpenToOthers { .. })));
+        assert!(matches!(
+            read_password(&path),
+            Err(SetupError::OpenToOthers { .. })
+        ));
         mode(&path, 0o600);
         assert_eq!(read_password(&path).unwrap(), "a long password");
     }

@@ -9,12 +9,18 @@ use std::process::Command;
 fn python(database: Option<&str>) {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/test_plcapi.py");
     let mut command = Command::new("python3");
-    command.arg(script).env("MANDOLINE_AUTHORITY_BIN", env!("CARGO_BIN_EXE_mandoline-authority"));
+    command.arg(script).env(
+        "MANDOLINE_AUTHORITY_BIN",
+        env!("CARGO_BIN_EXE_mandoline-authority"),
+    );
     match database {
         Some(url) => command.env("MANDOLINE_TEST_DATABASE", url),
         None => command.env_remove("MANDOLINE_TEST_DATABASE"),
     };
-    let output = command.env_remove("MANDOLINE_DATABASE").output().expect("python3 is needed (Debian package python3)");
+    let output = command
+        .env_remove("MANDOLINE_DATABASE")
+        .output()
+        .expect("python3 is needed (Debian package python3)");
     let text = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{text}");
 }

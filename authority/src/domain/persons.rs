@@ -248,7 +248,9 @@ pub async fn delete(conn: &mut Conn, caller: &Caller, key: &Ref) -> Result<()> {
 
 /// The persons that the caller may see: those of its sites and slices and itself. Nothing: all.
 pub async fn seen_by(conn: &mut Conn, caller: &Caller) -> Result<Option<BTreeSet<i64>>> {
-    let Some(me) = caller.person_id().filter(|_| !caller.is_admin()) else { return Ok(None) };
+    let Some(me) = caller.person_id().filter(|_| !caller.is_admin()) else {
+        return Ok(None);
+    };
     let seen: Vec<i64> = sqlx::query_scalar(
         "SELECT person_id FROM person_site WHERE site_id IN (SELECT site_id FROM person_site WHERE person_id = $1) \
          UNION SELECT person_id FROM slice_person WHERE slice_id IN \

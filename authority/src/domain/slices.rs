@@ -78,8 +78,7 @@ pub async fn add(conn: &mut Conn, caller: &Caller, slice: &NewSlice) -> Result<i
         return Err(Error::denied("only admins and PIs may add slices"));
     }
     let name = SliceName::new(&slice.name)?;
-    let local = |n: &&str| *n == name.as_str();
-    if mandoline_rspec::LOCAL_NAMES.iter().any(|n| local(n)) {
+    if mandoline_rspec::LOCAL_NAMES.contains(&name.as_str()) {
         return Err(Error::invalid_value(
             "name",
             name.as_str(),

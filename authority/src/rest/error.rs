@@ -28,7 +28,9 @@ impl IntoResponse for Refusal {
             Error::Unauthenticated(_) => (StatusCode::UNAUTHORIZED, ErrorKind::Unauthenticated),
             Error::RateLimited { .. } => (StatusCode::TOO_MANY_REQUESTS, ErrorKind::RateLimited),
             Error::Unavailable => (StatusCode::SERVICE_UNAVAILABLE, ErrorKind::Unavailable),
-            Error::Database(_) | Error::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, ErrorKind::Internal),
+            Error::Database(_) | Error::Internal(_) => {
+                (StatusCode::INTERNAL_SERVER_ERROR, ErrorKind::Internal)
+            }
         };
         let mut error = ApiError {
             kind,
@@ -56,10 +58,14 @@ impl IntoResponse for Refusal {
         }
         let mut response = (status, Json(ErrorBody { error })).into_response();
         if status == StatusCode::UNAUTHORIZED {
-            response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+            response
+                .headers_mut()
+                .insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         if let Some(seconds) = retry {
-            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
+            response
+                .headers_mut()
+                .insert(RETRY_AFTER, HeaderValue::from(seconds));
         }
         response
     }

@@ -21,8 +21,8 @@ use tokio::sync::{broadcast, watch};
 
 use super::error::Refusal;
 use super::extract::{NodeCall, Person};
-use crate::domain::events::{Recorded, after, last_seq, may_see};
 use crate::domain::Caller;
+use crate::domain::events::{Recorded, after, last_seq, may_see};
 use crate::error::Error;
 use crate::in_read;
 use crate::service::Service;
@@ -124,10 +124,22 @@ pub(super) async fn of_person(
         None => in_read!(service.db, |c| last_seq(c).await)?,
     };
     let stopping = service.stopping.clone();
-    let following = Following { service, caller, events, stopping, last, ready: VecDeque::new(), behind: true };
+    let following = Following {
+        service,
+        caller,
+        events,
+        stopping,
+        last,
+        ready: VecDeque::new(),
+        behind: true,
+    };
     let stream = unfold(following, |mut following| async move {
         let event = following.next().await?;
-        let told = SseEvent::default().id(event.seq.to_string()).event(&event.kind).json_data(&event).ok()?;
+        let told = SseEvent::default()
+            .id(event.seq.to_string())
+            .event(&event.kind)
+            .json_data(&event)
+            .ok()?;
         Some((Ok(told), following))
     });
     Ok(Sse::new(stream).keep_alive(heartbeat()))
@@ -142,24 +154,32 @@ pub(super) async fn of_node(
     call: NodeCall,
 ) -> Result<Sse<impl Stream<Item = Result<SseEvent, Infallible>>>, Refusal> {
     let caller = call.verify(&service, NodeAuthAlgorithm::Ed25519).await?;
-    let node = caller.node_id().ok_or_else(|| Error::denied("this call is for nodes"))?;
+    let node = caller
+        .node_id()
+        .ok_or_else(|| Error::denied("this call is for nodes"))?;
     let events = service.bus.subscribe();
     let start = in_read!(service.db, |c| last_seq(c).await)?;
     let stopping = service.stopping.clone();
-    let stream = unfold((events, stopping, Some(start)), move |(mut events, mut stopping, first)| async move {
-        let seq = match first {
-            Some(seq) => seq,
-            None => loop {
-                match next(&mut events, &mut stopping).await {
-                    Next::Event(event) if event.wakes.contains(&node) => break event.event.seq,
-                    Next::Event(_) => {}
-                    Next::Lagged => break 0,
-                    Next::Over => return None,
-                }
-            },
-        };
-        let told = SseEvent::default().event(NODE_EVENT_SLIVERS).json_data(SliversChanged { seq }).ok()?;
-        Some((Ok(told), (events, stopping, None)))
-    });
+    let stream = unfold(
+        (events, stopping, Some(start)),
+        move |(mut events, mut stopping, first)| async move {
+            let seq = match first {
+                Some(seq) => seq,
+                None => loop {
+                    match next(&mut events, &mut stopping).await {
+                        Next::Event(event) if event.wakes.contains(&node) => break event.event.seq,
+                        Next::Event(_) => {}
+                        Next::Lagged => break 0,
+                        Next::Over => return None,
+                    }
+                },
+            };
+            let told = SseEvent::default()
+                .event(NODE_EVENT_SLIVERS)
+                .json_data(SliversChanged { seq })
+                .ok()?;
+            Some((Ok(told), (events, stopping, None)))
+        },
+    );
     Ok(Sse::new(stream).keep_alive(heartbeat()))
 }

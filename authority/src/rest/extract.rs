@@ -27,20 +27,25 @@ pub(super) struct Person(pub(super) Caller, pub(super) String);
 fn bearer(headers: &HeaderMap) -> Option<String> {
     let value = headers.get(AUTHORIZATION)?.to_str().ok()?;
     let (scheme, token) = value.split_once(' ')?;
-    scheme.eq_ignore_ascii_case("bearer").then(|| token.trim().to_owned())
+    scheme
+        .eq_ignore_ascii_case("bearer")
+        .then(|| token.trim().to_owned())
 }
 
 impl FromRequestParts<Arc<Service>> for Person {
     type Rejection = Refusal;
 
     async fn from_request_parts(parts: &mut Parts, service: &Arc<Service>) -> Result<Self, Refusal> {
-        let token = bearer(&parts.headers)
-            .ok_or_else(|| Error::Unauthenticated("sign in first: POST /v1/sessions, then Authorization: Bearer".into()))?;
+        let token = bearer(&parts.headers).ok_or_else(|| {
+            Error::Unauthenticated("sign in first: POST /v1/sessions, then Authorization: Bearer".into())
+        })?;
         let found = in_read!(service.db, |c| session::find(c, &token).await)?;
         match found {
             Ok(caller) if caller.person_id().is_some() => Ok(Self(caller, token)),
             Ok(_) => Err(Error::denied("this call is for persons").into()),
-            Err(_) => Err(Error::Unauthenticated("no such session, or it has ended: sign in again".into()).into()),
+            Err(_) => {
+                Err(Error::Unauthenticated("no such session, or it has ended: sign in again".into()).into())
+            }
         }
     }
 }
@@ -56,7 +61,14 @@ fn too_large(rejection: BytesRejection) -> Response {
         _ => ErrorKind::InvalidArgument,
     };
     let message = format!("body: {}", rejection.body_text());
-    let error = ApiError { kind, message, attribute: None, value: None, allowed: None, node: None };
+    let error = ApiError {
+        kind,
+        message,
+        attribute: None,
+        value: None,
+        allowed: None,
+        node: None,
+    };
     (status, axum::Json(ErrorBody { error })).into_response()
 }
 
@@ -71,7 +83,9 @@ impl<T: DeserializeOwned> FromRequest<Arc<Service>> for Body<T> {
 
     async fn from_request(request: Request, service: &Arc<Service>) -> Result<Self, Response> {
         let bytes = Bytes::from_request(request, service).await.map_err(too_large)?;
-        json(&bytes).map(Self).map_err(|error| Refusal(error).into_response())
+        json(&bytes)
+            .map(Self)
+            .map_err(|error| Refusal(error).into_response())
     }
 }
 
@@ -88,13 +102,22 @@ impl FromRequest<Arc<Service>> for NodeCall {
     type Rejection = Response;
 
     async fn from_request(request: Request, service: &Arc<Service>) -> Result<Self, Response> {
-        let header = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok()).unwrap_or_default();
-        let authorization: NodeAuthorization = header
-            .parse()
-            .map_err(|error| Refusal(Error::Unauthenticated(format!("node signature: {error}"))).into_response())?;
+        let header = request
+            .headers()
+            .get(AUTHORIZATION)
+            .and_then(|value| value.to_str().ok())
+            .unwrap_or_default();
+        let authorization: NodeAuthorization = header.parse().map_err(|error| {
+            Refusal(Error::Unauthenticated(format!("node signature: {error}"))).into_response()
+        })?;
         let (method, uri) = (request.method().clone(), request.uri().clone());
         let body = Bytes::from_request(request, service).await.map_err(too_large)?;
-        Ok(Self { authorization, method, uri, body })
+        Ok(Self {
+            authorization,
+            method,
+            uri,
+            body,
+        })
     }
 }
 

@@ -91,7 +91,10 @@ pub fn router(service: Arc<Service>) -> Router {
     let (routes, openapi) = parts();
     let text = openapi.to_json().unwrap_or_default();
     routes
-        .route("/v1/openapi.json", get(move || async move { ([(CONTENT_TYPE, "application/json")], text) }))
+        .route(
+            "/v1/openapi.json",
+            get(move || async move { ([(CONTENT_TYPE, "application/json")], text) }),
+        )
         .layer(DefaultBodyLimit::max(BODY_MAX))
         .with_state(service)
 }

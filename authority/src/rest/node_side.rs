@@ -28,7 +28,12 @@ pub(super) async fn register(
 ) -> Result<Json<NodeRegistered>, Refusal> {
     let caller = call.verify(&service, NodeAuthAlgorithm::HmacSha256).await?;
     let registration: NodeRegistration = call.json()?;
-    Ok(Json(in_write!(service.db, |c| nodes::register(c, &caller, &registration).await)?))
+    Ok(Json(in_write!(service.db, |c| nodes::register(
+        c,
+        &caller,
+        &registration
+    )
+    .await)?))
 }
 
 /// What the node should run; an unchanged set (If-None-Match) answers 304
@@ -40,7 +45,9 @@ pub(super) async fn slivers(
     call: NodeCall,
 ) -> Result<Response, Refusal> {
     let caller = call.verify(&service, NodeAuthAlgorithm::Ed25519).await?;
-    let node = caller.node_id().ok_or_else(|| Error::denied("this call is for nodes"))?;
+    let node = caller
+        .node_id()
+        .ok_or_else(|| Error::denied("this call is for nodes"))?;
     let wanted = in_write!(service.db, |c| desired::of_node(c, node).await)?;
     let etag = format!("\"{}\"", wanted.revision);
     let known = headers.get(IF_NONE_MATCH).and_then(|value| value.to_str().ok());
@@ -53,9 +60,13 @@ pub(super) async fn slivers(
 /// What has become of the node's slivers
 #[utoipa::path(post, path = "/v1/node/status", tag = "node side", security(("node" = [])), request_body = NodeStatus,
     responses((status = 204), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody)))]
-pub(super) async fn status(State(service): State<Arc<Service>>, call: NodeCall) -> Result<StatusCode, Refusal> {
+pub(super) async fn status(
+    State(service): State<Arc<Service>>,
+    call: NodeCall,
+) -> Result<StatusCode, Refusal> {
     let caller = call.verify(&service, NodeAuthAlgorithm::Ed25519).await?;
     let status: NodeStatus = call.json()?;
-    in_write!(service.db, |c| reported::report(c, &caller, &status.slivers).await)?;
+    in_write!(service.db, |c| reported::report(c, &caller, &status.slivers)
+        .await)?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -6,7 +6,8 @@ use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use mandoline_api::authority::{
-    ErrorBody, Key, NewKey, NewNode, NewPerson, NewSite, Node, NodeAdded, Person as PersonView, PersonChange, Site,
+    ErrorBody, Key, NewKey, NewNode, NewPerson, NewSite, Node, NodeAdded, Person as PersonView, PersonChange,
+    Site,
 };
 
 use super::error::Refusal;
@@ -40,11 +41,17 @@ pub(super) async fn add_node(
     Person(caller, _): Person,
     Body(new): Body<NewNode>,
 ) -> Result<(StatusCode, Json<NodeAdded>), Refusal> {
-    let node =
-        nodes::NewNode { hostname: new.hostname.clone(), boot_state: new.boot_state.clone(), ..Default::default() };
+    let node = nodes::NewNode {
+        hostname: new.hostname.clone(),
+        boot_state: new.boot_state.clone(),
+        ..Default::default()
+    };
     let added = in_write!(service.db, |c| {
         let (id, node_key) = nodes::add(c, &caller, &Ref::Name(new.site.clone()), &node).await?;
-        let node = views::nodes(c, Some(id)).await?.pop().ok_or_else(|| Error::NoSuch("node".into()))?;
+        let node = views::nodes(c, Some(id))
+            .await?
+            .pop()
+            .ok_or_else(|| Error::NoSuch("node".into()))?;
         Ok(NodeAdded { node, node_key })
     })?;
     Ok((StatusCode::CREATED, Json(added)))
@@ -61,7 +68,10 @@ pub(super) async fn get_node(
 ) -> Result<Json<Node>, Refusal> {
     Ok(Json(in_read!(service.db, |c| {
         let id = lookup::node(c, &Ref::Name(hostname.clone())).await?.id;
-        views::nodes(c, Some(id)).await?.pop().ok_or_else(|| Error::NoSuch("node".into()))
+        views::nodes(c, Some(id))
+            .await?
+            .pop()
+            .ok_or_else(|| Error::NoSuch("node".into()))
     })?))
 }
 
@@ -74,7 +84,12 @@ pub(super) async fn delete_node(
     Person(caller, _): Person,
     Path(hostname): Path<String>,
 ) -> Result<StatusCode, Refusal> {
-    in_write!(service.db, |c| nodes::delete(c, &caller, &Ref::Name(hostname.clone())).await)?;
+    in_write!(service.db, |c| nodes::delete(
+        c,
+        &caller,
+        &Ref::Name(hostname.clone())
+    )
+    .await)?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -88,7 +103,10 @@ pub(super) async fn list_persons(
     Ok(Json(in_read!(service.db, |c| {
         let all = views::persons(c, None).await?;
         let seen = persons::seen_by(c, &caller).await?;
-        Ok(all.into_iter().filter(|p| seen.as_ref().is_none_or(|seen| seen.contains(&p.id))).collect())
+        Ok(all
+            .into_iter()
+            .filter(|p| seen.as_ref().is_none_or(|seen| seen.contains(&p.id)))
+            .collect())
     })?))
 }
 
@@ -116,7 +134,10 @@ pub(super) async fn add_person(
     };
     let added = in_write!(service.db, |c| {
         let id = persons::add(c, &caller, &person).await?;
-        views::persons(c, Some(id)).await?.pop().ok_or_else(|| Error::NoSuch("account".into()))
+        views::persons(c, Some(id))
+            .await?
+            .pop()
+            .ok_or_else(|| Error::NoSuch("account".into()))
     })?;
     Ok((StatusCode::CREATED, Json(added)))
 }
@@ -142,7 +163,10 @@ pub(super) async fn change_person(
         let person = Ref::Name(email.clone());
         persons::update(c, &caller, &person, &change).await?;
         let id = lookup::person(c, &person).await?.id;
-        views::persons(c, Some(id)).await?.pop().ok_or_else(|| Error::NoSuch("account".into()))
+        views::persons(c, Some(id))
+            .await?
+            .pop()
+            .ok_or_else(|| Error::NoSuch("account".into()))
     })?))
 }
 
@@ -155,7 +179,12 @@ pub(super) async fn delete_person(
     Person(caller, _): Person,
     Path(email): Path<String>,
 ) -> Result<StatusCode, Refusal> {
-    in_write!(service.db, |c| persons::delete(c, &caller, &Ref::Name(email.clone())).await)?;
+    in_write!(service.db, |c| persons::delete(
+        c,
+        &caller,
+        &Ref::Name(email.clone())
+    )
+    .await)?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -166,7 +195,11 @@ pub(super) async fn list_keys(
     State(service): State<Arc<Service>>,
     Person(caller, _): Person,
 ) -> Result<Json<Vec<Key>>, Refusal> {
-    let only = if caller.is_admin() { None } else { caller.person_id() };
+    let only = if caller.is_admin() {
+        None
+    } else {
+        caller.person_id()
+    };
     Ok(Json(in_read!(service.db, |c| views::keys(c, only).await)?))
 }
 
@@ -187,7 +220,9 @@ pub(super) async fn add_key(
         let id = keys::add(c, &caller, &whose, "ssh", &new.key).await?;
         let person = lookup::person(c, &whose).await?.id;
         let all = views::keys(c, Some(person)).await?;
-        all.into_iter().find(|key| key.id == id).ok_or_else(|| Error::NoSuch("key".into()))
+        all.into_iter()
+            .find(|key| key.id == id)
+            .ok_or_else(|| Error::NoSuch("key".into()))
     })?;
     Ok((StatusCode::CREATED, Json(added)))
 }
@@ -201,7 +236,9 @@ pub(super) async fn delete_key(
     Person(caller, _): Person,
     Path(id): Path<String>,
 ) -> Result<StatusCode, Refusal> {
-    let id: i64 = id.parse().map_err(|_| Error::invalid_value("id", &id, "a key's number"))?;
+    let id: i64 = id
+        .parse()
+        .map_err(|_| Error::invalid_value("id", &id, "a key's number"))?;
     in_write!(service.db, |c| keys::delete(c, &caller, id).await)?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -227,7 +264,10 @@ pub(super) async fn add_site(
 ) -> Result<(StatusCode, Json<Site>), Refusal> {
     let site = sites::NewSite {
         name: new.name.clone(),
-        abbreviated_name: new.abbreviated_name.clone().unwrap_or_else(|| new.login_base.clone()),
+        abbreviated_name: new
+            .abbreviated_name
+            .clone()
+            .unwrap_or_else(|| new.login_base.clone()),
         login_base: new.login_base.clone(),
         is_public: true,
         enabled: true,
@@ -237,7 +277,10 @@ pub(super) async fn add_site(
     };
     let added = in_write!(service.db, |c| {
         let id = sites::add(c, &caller, &site).await?;
-        views::sites(c, Some(id)).await?.pop().ok_or_else(|| Error::NoSuch("site".into()))
+        views::sites(c, Some(id))
+            .await?
+            .pop()
+            .ok_or_else(|| Error::NoSuch("site".into()))
     })?;
     Ok((StatusCode::CREATED, Json(added)))
 }

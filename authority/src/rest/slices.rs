@@ -5,9 +5,7 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
-use mandoline_api::authority::{
-    Emails, ErrorBody, Hostnames, NewSlice, Slice, SliceChange, Sliver,
-};
+use mandoline_api::authority::{Emails, ErrorBody, Hostnames, NewSlice, Slice, SliceChange, Sliver};
 
 use super::error::Refusal;
 use super::extract::{Body, Person};
@@ -28,7 +26,10 @@ async fn visible(conn: &mut Conn, caller: &Caller, name: &str) -> Result<i64> {
 }
 
 async fn view(conn: &mut Conn, id: i64) -> Result<Slice> {
-    views::slices(conn, &[id]).await?.pop().ok_or_else(|| Error::NoSuch("slice".into()))
+    views::slices(conn, &[id])
+        .await?
+        .pop()
+        .ok_or_else(|| Error::NoSuch("slice".into()))
 }
 
 fn refs(names: &[String]) -> Vec<Ref> {

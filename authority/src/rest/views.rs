@@ -104,10 +104,14 @@ pub(super) async fn nodes(conn: &mut Conn, only: Option<i64>) -> Result<Vec<Node
     .await?;
     rows.iter()
         .map(|row| {
-            let endpoint = match (row.try_get::<Option<String>, _>(9)?, row.try_get::<Option<i64>, _>(10)?) {
-                (Some(host), Some(port)) => {
-                    Some(SshEndpoint { host, port: u16::try_from(port).map_err(Error::internal)? })
-                }
+            let endpoint = match (
+                row.try_get::<Option<String>, _>(9)?,
+                row.try_get::<Option<i64>, _>(10)?,
+            ) {
+                (Some(host), Some(port)) => Some(SshEndpoint {
+                    host,
+                    port: u16::try_from(port).map_err(Error::internal)?,
+                }),
                 _ => None,
             };
             let version = row.try_get::<Option<i64>, _>(7)?;
@@ -132,10 +136,15 @@ pub(super) async fn nodes(conn: &mut Conn, only: Option<i64>) -> Result<Vec<Node
 /// All persons, or one.
 pub(super) async fn persons(conn: &mut Conn, only: Option<i64>) -> Result<Vec<Person>> {
     let mut roles: BTreeMap<i64, Vec<String>> = BTreeMap::new();
-    let given = sqlx::query("SELECT person_id, role_id FROM person_role ORDER BY role_id").fetch_all(&mut *conn).await?;
+    let given = sqlx::query("SELECT person_id, role_id FROM person_role ORDER BY role_id")
+        .fetch_all(&mut *conn)
+        .await?;
     for row in given {
         if let Some(role) = Role::from_id(row.try_get(1)?) {
-            roles.entry(row.try_get(0)?).or_default().push(role.name().to_owned());
+            roles
+                .entry(row.try_get(0)?)
+                .or_default()
+                .push(role.name().to_owned());
         }
     }
     let mut sites = lists(
@@ -181,12 +190,24 @@ pub(super) async fn keys(conn: &mut Conn, person: Option<i64>) -> Result<Vec<Key
     .bind(person)
     .fetch_all(conn)
     .await?;
-    rows.iter().map(|row| Ok(Key { id: row.try_get(0)?, email: row.try_get(1)?, key: row.try_get(2)? })).collect()
+    rows.iter()
+        .map(|row| {
+            Ok(Key {
+                id: row.try_get(0)?,
+                email: row.try_get(1)?,
+                key: row.try_get(2)?,
+            })
+        })
+        .collect()
 }
 
 /// All sites, or one.
 pub(super) async fn sites(conn: &mut Conn, only: Option<i64>) -> Result<Vec<Site>> {
-    let mut nodes = lists(conn, "SELECT site_id, hostname FROM nodes WHERE deleted = 0 ORDER BY hostname").await?;
+    let mut nodes = lists(
+        conn,
+        "SELECT site_id, hostname FROM nodes WHERE deleted = 0 ORDER BY hostname",
+    )
+    .await?;
     let rows = sqlx::query(
         "SELECT site_id, name, login_base, abbreviated_name, enabled, max_slices FROM sites \
          WHERE deleted = 0 AND peer_id IS NULL AND site_id = COALESCE($1, site_id) ORDER BY login_base",

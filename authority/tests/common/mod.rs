@@ -32,17 +32,25 @@ impl Postgres {
             .filter(|bin| bin.join("initdb").exists())
             .collect();
         found.sort();
-        let bin = found.pop().ok_or("no /usr/lib/postgresql/*/bin/initdb (Debian package postgresql)")?;
+        let bin = found
+            .pop()
+            .ok_or("no /usr/lib/postgresql/*/bin/initdb (Debian package postgresql)")?;
         Self::start(&bin)
     }
 
     fn start(bin: &Path) -> Result<Self, String> {
-        let fail = |what: &str, error: &dyn std::fmt::Display| format!("PostgreSQL in {}: {what}: {error}", bin.display());
+        let fail = |what: &str, error: &dyn std::fmt::Display| {
+            format!("PostgreSQL in {}: {what}: {error}", bin.display())
+        };
         let dir = tempfile::tempdir().map_err(|e| fail("temporary directory", &e))?;
         let data = dir.path().join("data");
         // PostgreSQL refuses to run as root: then it runs as the owner that Debian made for it, or as nobody.
         let user = match is_root() {
-            true => Some(user("postgres").or_else(|| user("nobody")).ok_or("root, and no user postgres or nobody")?),
+            true => Some(
+                user("postgres")
+                    .or_else(|| user("nobody"))
+                    .ok_or("root, and no user postgres or nobody")?,
+            ),
             false => None,
         };
         fs::create_dir(&data).map_err(|e| fail("data directory", &e))?;
@@ -54,14 +62,25 @@ impl Postgres {
         }
         let command = |program: &str| {
             let mut command = Command::new(bin.join(program));
-            command.current_dir(dir.path()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+            command
+                .current_dir(dir.path())
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(Stdio::piped());
             if let Some((uid, gid)) = user {
                 command.gid(gid).uid(uid);
             }
             command
         };
         let made = command("initdb")
-            .args(["--auth=trust", "--username=test", "--encoding=UTF8", "--locale=C.UTF-8", "--no-sync", "-D"])
+            .args([
+                "--auth=trust",
+                "--username=test",
+                "--encoding=UTF8",
+                "--locale=C.UTF-8",
+                "--no-sync",
+                "-D",
+            ])
             .arg(&data)
             .output()
             .map_err(|e| fail("initdb", &e))?;
@@ -77,7 +96,10 @@ impl Postgres {
             .spawn()
             .map_err(|e| fail("postgres", &e))?;
         let socket = dir.path().display().to_string().replace('/', "%2F");
-        let server = Self { url: format!("postgres://test@{socket}/postgres"), own: Some((server, dir)) };
+        let server = Self {
+            url: format!("postgres://test@{socket}/postgres"),
+            own: Some((server, dir)),
+        };
         server.wait_ready(bin)?;
         Ok(server)
     }
@@ -86,7 +108,11 @@ impl Postgres {
         let Some((_, dir)) = &self.own else { return Ok(()) };
         let deadline = Instant::now() + Duration::from_secs(60);
         while Instant::now() < deadline {
-            let ready = Command::new(bin.join("pg_isready")).arg("-q").arg("-h").arg(dir.path()).status();
+            let ready = Command::new(bin.join("pg_isready"))
+                .arg("-q")
+                .arg("-h")
+                .arg(dir.path())
+                .status();
             if ready.is_ok_and(|status| status.success()) {
                 return Ok(());
             }
@@ -100,7 +126,10 @@ impl Postgres {
         use sqlx::Connection;
         let name = format!("mandoline_test_{name}_{}", std::process::id());
         let mut conn = sqlx::postgres::PgConnection::connect(&self.url).await.unwrap();
-        sqlx::query(sqlx::AssertSqlSafe(format!("CREATE DATABASE {name}"))).execute(&mut conn).await.unwrap();
+        sqlx::query(sqlx::AssertSqlSafe(format!("CREATE DATABASE {name}")))
+            .execute(&mut conn)
+            .await
+            .unwrap();
         let (server, _) = self.url.rsplit_once('/').unwrap();
         format!("{server}/{name}")
     }
@@ -142,7 +171,10 @@ pub(crate) struct Databases {
 /// Empty databases for one test.
 pub(crate) async fn databases(test: &str) -> Databases {
     let dir = tempfile::tempdir().unwrap();
-    let mut urls = vec![("SQLite", format!("sqlite://{}?mode=rwc", dir.path().join("db").display()))];
+    let mut urls = vec![(
+        "SQLite",
+        format!("sqlite://{}?mode=rwc", dir.path().join("db").display()),
+    )];
     let postgres = match Postgres::find() {
         Ok(postgres) => Some(postgres),
         Err(why) => {
@@ -153,5 +185,9 @@ pub(crate) async fn databases(test: &str) -> Databases {
     if let Some(postgres) = &postgres {
         urls.push(("PostgreSQL", postgres.database(test).await));
     }
-    Databases { urls, _dir: dir, _postgres: postgres }
+    Databases {
+        urls,
+        _dir: dir,
+        _postgres: postgres,
+    }
 }

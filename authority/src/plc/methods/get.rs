@@ -88,7 +88,10 @@ async fn sight(conn: &mut Conn, caller: &Caller, object: &Object) -> Result<Sigh
         return Ok(all);
     }
     match (object.name, caller.person_id()) {
-        ("Person", Some(_)) => Ok(Sight { only: persons::seen_by(conn, caller).await?, ..all }),
+        ("Person", Some(_)) => Ok(Sight {
+            only: persons::seen_by(conn, caller).await?,
+            ..all
+        }),
         ("Key", Some(me)) => {
             let own: Vec<i64> = sqlx::query_scalar("SELECT key_id FROM keys WHERE person_id = $1")
                 .bind(me)
