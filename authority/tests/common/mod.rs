@@ -6,6 +6,8 @@
 
 #![allow(dead_code, reason = "each test program uses its part")]
 
+pub(crate) mod world;
+
 use std::fs;
 use std::io;
 use std::os::unix::fs::{PermissionsExt, chown};
