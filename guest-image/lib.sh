@@ -191,10 +191,13 @@ artefact() {
     printf '%s\n' "$dir"
 }
 
-# remove_tree DIR: rm -rf that also manages directories without write permission (unpacked source and root trees).
+# remove_tree DIR: rm -rf that also manages directories without write permission (unpacked sources), and what other
+# users of an ordinary user's namespace own (root trees of an interrupted build).
 remove_tree() {
     [[ -e $1 ]] || return 0
-    rm -rf -- "$1" 2>/dev/null || { chmod -R u+rwX -- "$1" 2>/dev/null || true; rm -rf -- "$1"; }
+    rm -rf -- "$1" 2>/dev/null && return
+    chmod -R u+rwX -- "$1" 2>/dev/null || true
+    rm -rf -- "$1" 2>/dev/null || unshare --user --map-auto --map-root-user -- rm -rf -- "$1"
 }
 
 # candidate_version PACKAGE: the version that apt would install; die when there is none.
