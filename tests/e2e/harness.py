@@ -58,7 +58,7 @@ class Process:
                 self.popen.wait()
         self.out.close()
 
-    def tail(self, lines=40):
+    def tail(self, lines=80):
         with open(self.log, errors="replace") as f:
             return "".join(f.readlines()[-lines:])
 
@@ -111,14 +111,21 @@ class Lab:
         self.process = Process(self.log, program("mandoline-lab"), "up", "--json", "--config-dir", config_dir,
                                *arguments, stdout=subprocess.PIPE)
         lines = queue.Queue()
-        reader = threading.Thread(target=lambda: [lines.put(line) for line in self.process.popen.stdout], daemon=True)
-        reader.start()
+
+        def read():
+            for line in self.process.popen.stdout:
+                lines.put(line)
+            lines.put(None)
+
+        threading.Thread(target=read, daemon=True).start()
         try:
-            self.node = json.loads(lines.get(timeout=180))
+            line = lines.get(timeout=180)
         except queue.Empty:
-            tail = self.process.tail()
+            line = None
+        if line is None:
             self.process.stop()
-            raise AssertionError(f"the lab node did not come up\n{tail}") from None
+            raise AssertionError(f"the lab node did not come up\n{self.process.tail()}")
+        self.node = json.loads(line)
 
     def exec(self, command, check=True):
         """Runs a shell command on the node as root."""

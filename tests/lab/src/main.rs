@@ -249,9 +249,17 @@ fn up(nodes: u8, options: &NodeOptions) -> Result<ExitCode> {
         println!("{}", serde_json::to_string(node.info())?);
     }
     // Until a signal comes, or the nodes have powered themselves off.
+    let mut died = false;
     for node in &mut running {
         node.wait();
+        let console = node.console();
+        if console.contains("Kernel panic") {
+            died = true;
+            let lines: Vec<&str> = console.lines().collect();
+            let last = lines[lines.len().saturating_sub(60)..].join("\n");
+            eprintln!("mandoline-lab: the kernel of {} panicked; its console:\n{last}", node.info().name);
+        }
     }
     eprintln!("mandoline-lab: the nodes have powered off");
-    Ok(ExitCode::SUCCESS)
+    Ok(if died { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
