@@ -33,7 +33,7 @@ pub enum Command {
     /// Run the VM of a configuration file (the default).
     Vm(VmArgs),
     /// Boot a sliver by hand, with its console on this terminal.
-    Run(crate::run::RunArgs),
+    Run(Box<crate::run::RunArgs>),
 }
 
 /// On or off.
@@ -52,7 +52,7 @@ pub struct VmArgs {
     #[arg(long, default_value = "anonymous-instance")]
     pub id: String,
     /// The VM's configuration: JSON in Firecracker's shape. PATH or fd:NAME.
-    #[arg(long, value_name = "PATH", required_unless_present = "command")]
+    #[arg(long, value_name = "PATH", required = true)]
     pub config_file: Option<String>,
     /// Control socket to make (PATH) or to serve (fd:NAME, a listening Unix stream socket).
     #[arg(long, value_name = "PATH", conflicts_with = "no_api")]
@@ -92,4 +92,23 @@ pub struct VmArgs {
     /// When the caller began to start this VM (CLOCK_MONOTONIC, ns): recorded as the first phase.
     #[arg(long, value_name = "NS")]
     pub start_time_ns: Option<u64>,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent_and_takes_firecrackers_flags() {
+        Cli::command().debug_assert();
+        let words = "mandoline-vmm --id x --boot-timer --no-api --config-file /c.json".split(' ');
+        let cli = Cli::try_parse_from(words).unwrap();
+        assert_eq!(cli.vm.config_file.as_deref(), Some("/c.json"));
+        assert!(cli.command.is_none());
+        let cli = Cli::try_parse_from("mandoline-vmm vm --config-file fd:c --fd c=3".split(' ')).unwrap();
+        assert!(matches!(cli.command, Some(Command::Vm(_))));
+        assert!(Cli::try_parse_from(["mandoline-vmm"]).is_err());
+    }
 }

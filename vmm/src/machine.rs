@@ -174,14 +174,17 @@ pub fn build(kvm_fd: &Kvm, spec: Spec, phases: &Arc<Phases>, boot_timer: bool) -
     })
 }
 
+/// A device and its name for the log.
+type NamedDevice = (String, Box<dyn Device>);
+
 /// The device models with their names, in the order of their windows: drives, interfaces, vsock, rng.
 fn device_models(
     drives: Vec<Drive>,
     interfaces: Vec<Interface>,
     vsock: Option<config::Vsock>,
     entropy: bool,
-) -> Result<Vec<(String, Box<dyn Device>)>, Error> {
-    let mut models: Vec<(String, Box<dyn Device>)> = Vec::new();
+) -> Result<Vec<NamedDevice>, Error> {
+    let mut models: Vec<NamedDevice> = Vec::new();
     for drive in drives {
         let model = Blk::new(drive.file, &drive.options)?;
         models.push((format!("blk {}", drive.options.id), Box::new(model)));

@@ -2,7 +2,7 @@
 //! everything, build the machine, give everything up, run.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Seek};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
@@ -173,9 +173,10 @@ fn confine(role: Role) -> Result<(), String> {
 fn read_config(args: &VmArgs, inherited: &mut Inherited) -> Result<VmConfig, Error> {
     let path = args.config_file.as_deref().unwrap_or_default();
     let mut text = String::new();
-    inherited
-        .file("configuration file", path, false)?
-        .read_to_string(&mut text)
+    let mut file = inherited.file("configuration file", path, false)?;
+    // An inherited file may stand where its writer left it; a pipe cannot be rewound, and need not be.
+    let _ = file.rewind();
+    file.read_to_string(&mut text)
         .map_err(host("reading the configuration file"))?;
     Ok(config::parse(&text)?)
 }

@@ -114,7 +114,7 @@ pub fn kernel(memory: &Memory, file: &File) -> Result<(u64, u64), Error> {
 fn map_segment(memory: &Memory, file: &File, segment: &elf::Segment) -> Result<u64, Error> {
     let bytes = segment.file_bytes / PAGE * PAGE;
     // Host and guest pages agree because regions are page-aligned on both sides.
-    if bytes == 0 || segment.address % PAGE != 0 || segment.offset % PAGE != 0 {
+    if bytes == 0 || !segment.address.is_multiple_of(PAGE) || !segment.offset.is_multiple_of(PAGE) {
         return Ok(0);
     }
     let target = memory

@@ -55,10 +55,10 @@ impl Control {
     /// A write to the boot/exit page.
     pub fn page_write(&self, offset: u64, value: u8) {
         match (offset, value) {
-            (BOOT_TIMER_OFFSET, BOOT_TIMER_VALUE) if self.boot_timer => {
-                if self.phases.mark(Phase::BootTimer) {
-                    let _ = self.marked.write(1);
-                }
+            (BOOT_TIMER_OFFSET, BOOT_TIMER_VALUE)
+                if self.boot_timer && self.phases.mark(Phase::BootTimer) =>
+            {
+                let _ = self.marked.write(1);
             }
             (EXIT_REASON_OFFSET, EXIT_POWEROFF) => self.exit.close(ExitReason::Shutdown, None),
             (EXIT_REASON_OFFSET, EXIT_REBOOT) => self.exit.close(ExitReason::Reboot, None),

@@ -398,12 +398,11 @@ fn greet(args: RunArgs, stream: OwnedFd, socket: Arc<PathBuf>, greeted: Arc<Atom
         let frame = protocol::read_frame(&mut stream).ok().flatten();
         let event = frame.and_then(|body| serde_json::from_slice::<Event>(&body).ok());
         let Some(Event::Up(hello)) = event else { return };
-        let since = |at: u64| at.saturating_sub(started) / 1_000_000;
-        eprintln!(
-            "mandoline-vmm: agent {} up after {} ms\r",
-            hello.agent,
-            since(monotonic_ns())
-        );
+        // The agent opens streams for later events too; only the first one asks for the join.
+        if greeted.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        eprintln!("mandoline-vmm: agent {} is up\r", hello.agent);
         if args.no_join {
             return;
         }

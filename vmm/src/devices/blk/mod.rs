@@ -95,6 +95,7 @@ impl Blk {
                 sectors,
                 id,
                 features,
+                read_only: options.read_only,
             },
             features,
             config: config(sectors),

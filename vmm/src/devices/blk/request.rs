@@ -9,9 +9,9 @@ use std::io;
 use std::os::fd::AsRawFd;
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR,
-    VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
-    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
+    VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 
 use crate::devices::blk::{ID_BYTES, MAX_RANGE_SECTORS, MAX_RANGES, SECTOR};
@@ -35,6 +35,7 @@ pub(super) struct Engine {
     pub(super) sectors: u64,
     pub(super) id: [u8; ID_BYTES],
     pub(super) features: u64,
+    pub(super) read_only: bool,
 }
 
 impl Engine {
@@ -65,7 +66,8 @@ impl Engine {
             }
             VIRTIO_BLK_T_OUT => {
                 self.nothing_to_write(chain)?;
-                if self.has(VIRTIO_BLK_F_RO) {
+                // Whatever the driver agreed to.
+                if self.read_only {
                     (Status::Error, 0)
                 } else {
                     (self.transfer(&mut chain.readable, sector, libc::pwritev), 0)
@@ -118,7 +120,7 @@ impl Engine {
     /// Whether `bytes` at `sector` are whole sectors of the disk; then where they begin.
     fn place(&self, sector: u64, bytes: u64) -> Option<i64> {
         let end = sector.checked_add(bytes / SECTOR)?;
-        if bytes % SECTOR != 0 || end > self.sectors {
+        if !bytes.is_multiple_of(SECTOR) || end > self.sectors {
             return None;
         }
         i64::try_from(sector * SECTOR).ok()
@@ -162,7 +164,9 @@ impl Engine {
     /// Discard and write zeroes: a list of ranges.
     fn ranges(&self, chain: &mut Chain, zeroes: bool) -> Status {
         let bytes = chain.readable.bytes();
-        if bytes == 0 || bytes % RANGE_BYTES as u64 != 0 || bytes / RANGE_BYTES as u64 > u64::from(MAX_RANGES)
+        if bytes == 0
+            || !bytes.is_multiple_of(RANGE_BYTES as u64)
+            || bytes / RANGE_BYTES as u64 > u64::from(MAX_RANGES)
         {
             return Status::Error;
         }

@@ -151,13 +151,7 @@ impl Net {
             )? {
                 Delivery::Done => self.counters.rx_frames += 1,
                 Delivery::TooLong => self.counters.rx_dropped += 1,
-                Delivery::NoBuffers => {
-                    if active.rx.want_kicks()? {
-                        active.rx.no_kicks()?;
-                        continue;
-                    }
-                    break;
-                }
+                Delivery::NoBuffers => break,
             }
             self.waiting = 0;
         }
@@ -244,6 +238,11 @@ fn deliver(
             return Ok(Delivery::TooLong);
         }
         if !rx.pop(chain)? {
+            // Before the chains go back: the driver is to say when there is one more than these.
+            if rx.want_kicks()? {
+                rx.no_kicks()?;
+                continue;
+            }
             for (head, _) in taken.drain(..).rev() {
                 chain.head = head;
                 rx.unpop(chain);

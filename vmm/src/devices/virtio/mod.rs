@@ -16,6 +16,8 @@ pub mod chain;
 pub mod interrupt;
 pub mod mmio;
 pub mod queue;
+#[cfg(test)]
+pub(crate) mod testing;
 
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, Ordering};

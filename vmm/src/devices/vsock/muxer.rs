@@ -109,14 +109,17 @@ impl Muxer {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(_) => return,
             };
+            // A socket that was just accepted may be readable already.
+            let mut again = count == events.len();
             for event in &events[..count] {
                 if event.data() == LISTENER_TOKEN {
                     self.accept(up);
+                    again = true;
                 } else {
                     self.socket_ready(event.data(), event.event_set());
                 }
             }
-            if count < events.len() {
+            if !again {
                 return;
             }
         }

@@ -1,0 +1,473 @@
+//! The whole monitor with payloads of a few instructions on this machine's `/dev/kvm`.
+//!
+//! They need KVM, not Linux: an emulating backend that could not boot a kernel runs them too. Without
+//! `/dev/kvm` each says so and passes.
+
+#![allow(clippy::unwrap_used)] // a test ends where it fails
+
+use std::fs::File;
+use std::io::{Read, Seek, Write};
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+
+use mandoline_api::monitor::{ExitReason, InstanceState, Phase, RunState, StateLine};
+use mandoline_vmm::boot::elf;
+use mandoline_vmm::config::{Drive, Spec};
+use mandoline_vmm::devices::blk;
+use mandoline_vmm::exit::Exit;
+use mandoline_vmm::machine::{self, Machine};
+use mandoline_vmm::monitor::{self, Call, Calls, Parts, Request, Terminal};
+use mandoline_vmm::state::{Phases, StateFile};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
+
+const ENTRY: u64 = 0x10_0000;
+const EXIT_PAGE: u32 = 0xc000_0000;
+const WINDOW: u32 = 0xc000_1000;
+const NEEDS_RESET: u32 = 64;
+
+/// 32-bit code, put together by hand.
+#[derive(Default)]
+struct Code(Vec<u8>);
+
+impl Code {
+    fn raw(mut self, bytes: &[u8]) -> Self {
+        self.0.extend(bytes);
+        self
+    }
+    /// `out port, value`
+    fn out(self, port: u16, value: u8) -> Self {
+        let [low, high] = port.to_le_bytes();
+        self.raw(&[0x66, 0xba, low, high, 0xb0, value, 0xee])
+    }
+    /// `in al, port`
+    fn input(self, port: u16) -> Self {
+        let [low, high] = port.to_le_bytes();
+        self.raw(&[0x66, 0xba, low, high, 0xec])
+    }
+    /// `out 0x3f8, al`
+    fn print_al(self) -> Self {
+        self.raw(&[0x66, 0xba, 0xf8, 0x03, 0xee])
+    }
+    fn print(self, text: &[u8]) -> Self {
+        text.iter().fold(self, |code, byte| code.out(0x3f8, *byte))
+    }
+    /// `mov dword [address], value`
+    fn store(self, address: u32, value: u32) -> Self {
+        self.raw(&[0xc7, 0x05])
+            .raw(&address.to_le_bytes())
+            .raw(&value.to_le_bytes())
+    }
+    fn store8(self, address: u32, value: u8) -> Self {
+        self.raw(&[0xc6, 0x05]).raw(&address.to_le_bytes()).raw(&[value])
+    }
+    fn store16(self, address: u32, value: u16) -> Self {
+        self.raw(&[0x66, 0xc7, 0x05])
+            .raw(&address.to_le_bytes())
+            .raw(&value.to_le_bytes())
+    }
+    /// `mov eax, [address]`
+    fn load(self, address: u32) -> Self {
+        self.raw(&[0xa1]).raw(&address.to_le_bytes())
+    }
+    /// Loops until the 16 bits at `address` are `value`.
+    fn wait16(self, address: u32, value: u16) -> Self {
+        // l: cmp word [address], value; jne l
+        self.raw(&[0x66, 0x81, 0x3d])
+            .raw(&address.to_le_bytes())
+            .raw(&value.to_le_bytes())
+            .raw(&[0x75, 0xf5])
+    }
+    /// Loops until `mask` shows in the 32 bits at `address`.
+    fn wait_bits(self, address: u32, mask: u32) -> Self {
+        // l: test dword [address], mask; jz l
+        self.raw(&[0xf7, 0x05])
+            .raw(&address.to_le_bytes())
+            .raw(&mask.to_le_bytes())
+            .raw(&[0x74, 0xf4])
+    }
+    fn power_off(self) -> Self {
+        self.store8(EXIT_PAGE + 8, 1).raw(&[0xeb, 0xfe])
+    }
+    fn register(self, offset: u32, value: u32) -> Self {
+        self.store(WINDOW + offset, value)
+    }
+    /// Brings the first device up with queue 0 of 8 entries at the given rings.
+    fn activate(self) -> Self {
+        self.register(0x70, 0)
+            .register(0x70, 1)
+            .register(0x70, 3)
+            .register(0x24, 1)
+            .register(0x20, 1)
+            .register(0x70, 11)
+            .register(0x30, 0)
+            .register(0x38, 8)
+            .register(0x80, DESCRIPTORS)
+            .register(0x90, AVAILABLE)
+            .register(0xa0, USED)
+            .register(0x44, 1)
+            .register(0x70, 15)
+    }
+    fn descriptor(self, index: u32, address: u32, length: u32, flags: u16, next: u16) -> Self {
+        let at = DESCRIPTORS + 16 * index;
+        self.store(at, address)
+            .store(at + 4, 0)
+            .store(at + 8, length)
+            .store16(at + 12, flags)
+            .store16(at + 14, next)
+    }
+    /// Makes head `head` available as the `n`th and kicks.
+    fn offer(self, n: u16, head: u16) -> Self {
+        self.store16(AVAILABLE + 4 + 2 * u32::from(n - 1), head)
+            .store16(AVAILABLE + 2, n)
+            .register(0x50, 0)
+    }
+}
+
+const DESCRIPTORS: u32 = 0x20_0000;
+const AVAILABLE: u32 = 0x20_1000;
+const USED: u32 = 0x20_2000;
+const BUFFER: u32 = 0x20_3000;
+
+fn file(bytes: &[u8]) -> File {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(bytes).unwrap();
+    file
+}
+
+fn spec(code: Code) -> Spec {
+    Spec {
+        vcpus: 1,
+        memory: 16 << 20,
+        kernel: file(&elf::tiny(&code.0, ENTRY)),
+        initrd: None,
+        command_line: String::new(),
+        drives: Vec::new(),
+        interfaces: Vec::new(),
+        vsock: None,
+        entropy: false,
+    }
+}
+
+fn with_drive(code: Code, bytes: &[u8], read_only: bool) -> (Spec, File) {
+    let disk = file(bytes);
+    let options = blk::Options {
+        id: "disk".into(),
+        read_only,
+        flush: true,
+    };
+    let mut spec = spec(code);
+    spec.drives.push(Drive {
+        file: disk.try_clone().unwrap(),
+        options,
+    });
+    (spec, disk)
+}
+
+struct Outcome {
+    exit: Exit,
+    output: Vec<u8>,
+    phases: Arc<Phases>,
+    state: Vec<StateLine>,
+}
+
+fn build(spec: Spec) -> Option<(Machine, Arc<Phases>)> {
+    let kvm = match machine::open_kvm(None) {
+        Ok(kvm) => kvm,
+        Err(error) => {
+            eprintln!("skipped, since there is no KVM here: {error}");
+            return None;
+        }
+    };
+    let phases = Arc::new(Phases::default());
+    Some((machine::build(&kvm, spec, &phases, true).unwrap(), phases))
+}
+
+fn finish(machine: Machine, phases: Arc<Phases>, calls: Option<Calls>) -> Outcome {
+    let (mut output, mut state) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+    let parts = Parts {
+        terminal: Terminal {
+            input: None,
+            output: Some(output.try_clone().unwrap()),
+        },
+        state: StateFile::new(Some(state.try_clone().unwrap())),
+        phases: phases.clone(),
+        signals: monitor::signals(false).unwrap(),
+        calls,
+        confine: Box::new(|| Ok(())),
+        confine_vcpu: || Ok(()),
+        boot_timer_from: 0,
+    };
+    let exit = monitor::run(machine, parts).unwrap();
+    let (mut bytes, mut text) = (Vec::new(), String::new());
+    output.rewind().unwrap();
+    output.read_to_end(&mut bytes).unwrap();
+    state.rewind().unwrap();
+    state.read_to_string(&mut text).unwrap();
+    let state = text
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    Outcome {
+        exit,
+        output: bytes,
+        phases,
+        state,
+    }
+}
+
+fn run(spec: Spec) -> Option<Outcome> {
+    let (machine, phases) = build(spec)?;
+    Some(finish(machine, phases, None))
+}
+
+#[test]
+fn a_guest_prints_stops_the_boot_timer_and_powers_off() {
+    let code = Code::default().store8(EXIT_PAGE, 123).print(b"Hi").power_off();
+    let Some(outcome) = run(spec(code)) else { return };
+    assert_eq!(
+        outcome.exit,
+        Exit {
+            reason: ExitReason::Shutdown,
+            detail: None
+        }
+    );
+    assert_eq!(outcome.output, b"Hi");
+    let at = |phase| outcome.phases.reached(phase).unwrap();
+    assert!(at(Phase::FirstRun) <= at(Phase::BootTimer));
+    assert!(at(Phase::BootTimer) <= at(Phase::FirstSerialByte));
+    let states: Vec<_> = outcome
+        .state
+        .iter()
+        .filter_map(|line| match line {
+            StateLine::State(change) => Some((change.state, change.reason)),
+            StateLine::Phase(_) => None,
+        })
+        .collect();
+    assert_eq!(
+        states,
+        [
+            (RunState::Running, None),
+            (RunState::Exited, Some(ExitReason::Shutdown))
+        ]
+    );
+}
+
+#[test]
+fn memory_reads_back_also_across_the_kernels_own_pages() {
+    let code = Code::default()
+        .store(0x80_0000, 0x4b4f)
+        .load(0x80_0000)
+        .print_al()
+        .raw(&[0xc1, 0xe8, 8]) // shr eax, 8
+        .print_al()
+        .power_off();
+    let Some(outcome) = run(spec(code)) else { return };
+    assert_eq!(outcome.output, b"OK");
+}
+
+#[test]
+fn ends_are_told_apart() {
+    let reset = |text: &[u8]| Code::default().print(text).out(0x64, 0xfe).raw(&[0xeb, 0xfe]);
+    // lidt of an empty table, then ud2: the fault cannot be delivered, nor the next
+    let triple = Code::default()
+        .raw(&[0x0f, 0x01, 0x1d])
+        .raw(&0x80_0000u32.to_le_bytes())
+        .raw(&[0x0f, 0x0b]);
+    let panic = Code::default().store8(EXIT_PAGE + 8, 3).raw(&[0xeb, 0xfe]);
+    for (code, reason) in [
+        (reset(b"bye"), ExitReason::Reboot),
+        (reset(b"Kernel panic - not syncing"), ExitReason::Panic),
+        (panic, ExitReason::Panic),
+        (triple, ExitReason::TripleFault),
+    ] {
+        let Some(outcome) = run(spec(code)) else { return };
+        assert_eq!(outcome.exit.reason, reason, "{:?}", outcome.exit);
+        if reason == ExitReason::TripleFault {
+            assert!(outcome.exit.detail.unwrap().contains("rip 0x"));
+        }
+    }
+}
+
+#[test]
+fn a_drive_is_read_by_kick_and_interrupt() {
+    let mut disk = vec![0u8; 4096];
+    disk[512] = b'S';
+    let code = Code::default()
+        .store(BUFFER, 0) // type: read
+        .store(BUFFER + 8, 1) // sector 1
+        .store8(BUFFER + 0x800, 0xff)
+        .descriptor(0, BUFFER, 16, 1, 1)
+        .descriptor(1, BUFFER + 0x100, 512, 3, 2)
+        .descriptor(2, BUFFER + 0x800, 1, 2, 0)
+        .activate()
+        .offer(1, 0)
+        .wait16(USED + 2, 1)
+        .load(BUFFER + 0x100)
+        .print_al()
+        .load(BUFFER + 0x800) // status 0
+        .raw(&[0x04, b'0']) // add al, '0'
+        .print_al()
+        // Interrupt status shows used buffers, and the interrupt controller has the line of the first device (5).
+        .wait_bits(WINDOW + 0x60, 1)
+        .out(0x20, 0x0a)
+        .input(0x20)
+        .print_al()
+        .power_off();
+    let Some(outcome) = run(with_drive(code, &disk, false).0) else {
+        return;
+    };
+    assert_eq!(&outcome.output[..2], b"S0");
+    assert_eq!(outcome.output[2] & 1 << 5, 1 << 5, "{:#x}", outcome.output[2]);
+}
+
+/// Chains that no driver may make: (what, descriptors as (address, length, flags, next), head).
+type Hostile = (&'static str, &'static [(u32, u32, u16, u16)], u16);
+
+const HOSTILE: &[Hostile] = &[
+    ("a loop", &[(BUFFER, 16, 1, 1), (BUFFER, 16, 1, 0)], 0),
+    ("a head outside the table", &[], 900),
+    ("next outside the table", &[(BUFFER, 16, 1, 77)], 0),
+    ("outside memory", &[(0x8000_0000, 16, 1, 1), (BUFFER, 1, 2, 0)], 0),
+    (
+        "partly outside memory",
+        &[(0xff_fff8, 16, 1, 1), (BUFFER, 1, 2, 0)],
+        0,
+    ),
+    ("zero length", &[(BUFFER, 0, 1, 1), (BUFFER, 1, 2, 0)], 0),
+    ("a header too short", &[(BUFFER, 8, 1, 1), (BUFFER, 1, 2, 0)], 0),
+    ("no status", &[(BUFFER, 16, 0, 0)], 0),
+    (
+        "readable after writable",
+        &[(BUFFER, 16, 1, 1), (BUFFER, 1, 3, 2), (BUFFER, 8, 0, 0)],
+        0,
+    ),
+    (
+        "all of 4 GiB",
+        &[(0, 0xffff_ffff, 1, 1), (0, 0xffff_ffff, 2, 0)],
+        0,
+    ),
+    ("an indirect table in itself", &[(DESCRIPTORS, 16, 4, 0)], 0),
+    ("an indirect table of odd size", &[(BUFFER, 15, 4, 0)], 0),
+    ("an indirect table outside memory", &[(0x9000_0000, 64, 4, 0)], 0),
+];
+
+#[test]
+fn hostile_chains_break_the_device_and_nothing_else() {
+    for (what, descriptors, head) in HOSTILE {
+        let mut code = Code::default();
+        for (index, (address, length, flags, next)) in descriptors.iter().enumerate() {
+            code = code.descriptor(index as u32, *address, *length, *flags, *next);
+        }
+        let code = code
+            .activate()
+            .offer(1, *head)
+            .wait_bits(WINDOW + 0x70, NEEDS_RESET)
+            .print(b"broken;")
+            // Rings as new, and a good request after a reset works.
+            .store(USED, 0)
+            .store(AVAILABLE, 0)
+            .store(BUFFER, 0)
+            .store(BUFFER + 8, 0)
+            .descriptor(0, BUFFER, 16, 1, 1)
+            .descriptor(1, BUFFER + 0x100, 512, 3, 2)
+            .descriptor(2, BUFFER + 0x800, 1, 2, 0)
+            .activate()
+            .offer(1, 0)
+            .wait16(USED + 2, 1)
+            .load(BUFFER + 0x100)
+            .print_al()
+            .power_off();
+        let Some(outcome) = run(with_drive(code, &[b'W'; 4096], false).0) else {
+            return;
+        };
+        assert_eq!(outcome.exit.reason, ExitReason::Shutdown, "{what}");
+        assert_eq!(String::from_utf8_lossy(&outcome.output), "broken;W", "{what}");
+    }
+}
+
+#[test]
+fn an_index_that_jumps_breaks_the_device() {
+    let code = Code::default()
+        .activate()
+        .store16(AVAILABLE + 2, 999)
+        .register(0x50, 0)
+        .wait_bits(WINDOW + 0x70, NEEDS_RESET)
+        .print(b"broken")
+        .power_off();
+    let Some(outcome) = run(with_drive(code, &[0; 4096], false).0) else {
+        return;
+    };
+    assert_eq!(outcome.output, b"broken");
+}
+
+#[test]
+fn a_read_only_drive_stays_as_it_is() {
+    let code = Code::default()
+        .store(BUFFER, 1) // type: write
+        .store(BUFFER + 8, 0)
+        .store8(BUFFER + 0x800, 0)
+        .descriptor(0, BUFFER, 16, 1, 1)
+        .descriptor(1, BUFFER + 0x100, 512, 1, 2)
+        .descriptor(2, BUFFER + 0x800, 1, 2, 0)
+        .activate()
+        .offer(1, 0)
+        .wait16(USED + 2, 1)
+        .load(BUFFER + 0x800)
+        .raw(&[0x04, b'0'])
+        .print_al()
+        .power_off();
+    let (spec, mut disk) = with_drive(code, &[b'R'; 1024], true);
+    let Some(outcome) = run(spec) else { return };
+    assert_eq!(outcome.output, b"1", "VIRTIO_BLK_S_IOERR");
+    let mut bytes = Vec::new();
+    disk.rewind().unwrap();
+    disk.read_to_end(&mut bytes).unwrap();
+    assert_eq!(bytes, [b'R'; 1024]);
+}
+
+#[test]
+fn a_paused_guest_stands_still_and_goes_on() {
+    const COUNTER: u32 = 0x80_0000;
+    const FLAG: u32 = 0x80_0010;
+    // l: inc dword [COUNTER]; cmp word [FLAG], 1; jne l
+    let code = Code::default()
+        .raw(&[0xff, 0x05])
+        .raw(&COUNTER.to_le_bytes())
+        .raw(&[0x66, 0x81, 0x3d])
+        .raw(&FLAG.to_le_bytes())
+        .raw(&[1, 0, 0x75, 0xef])
+        .power_off();
+    let Some((machine, phases)) = build(spec(code)) else {
+        return;
+    };
+    let memory = machine.memory.clone();
+    let (calls, receiver) = channel::<Call>();
+    let event = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
+    let sender = event.clone();
+    let driver = std::thread::spawn(move || {
+        let ask = |request| {
+            let (answer, report) = channel();
+            calls.send((request, answer)).unwrap();
+            sender.write(1).unwrap();
+            report.recv().unwrap().state
+        };
+        let counter = || memory.read_obj::<u32>(GuestAddress(u64::from(COUNTER))).unwrap();
+        while counter() == 0 {
+            std::thread::yield_now();
+        }
+        assert_eq!(ask(Request::Look), InstanceState::Running);
+        assert_eq!(ask(Request::Pause), InstanceState::Paused);
+        let still = counter();
+        assert_eq!(ask(Request::Pause), InstanceState::Paused);
+        assert_eq!(counter(), still);
+        assert_eq!(ask(Request::Resume), InstanceState::Running);
+        while counter() == still {
+            std::thread::yield_now();
+        }
+        memory.write_obj(1u16, GuestAddress(u64::from(FLAG))).unwrap();
+    });
+    let outcome = finish(machine, phases, Some(Calls { receiver, event }));
+    driver.join().unwrap();
+    assert_eq!(outcome.exit.reason, ExitReason::Shutdown);
+}
