@@ -2,7 +2,7 @@
 
 use mandoline_api::authority::{RspecObject, Sliver};
 use mandoline_rspec::{Rspec, format_bytes, format_rate};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use super::node::LabNode;
 use crate::error::{About, Error, Result};
@@ -12,13 +12,13 @@ const WEIGHT_PER_SHARE: u64 = 10;
 /// What a monitor may need beside its guest's memory at most, bytes.
 const MONITOR: u64 = 64 << 20;
 
-/// Prints the CPU weight of the sliver's cgroup, its memory bound and what it uses, then every class of every link
-/// as JSON. Fails when no process is in the cgroup: then its limits bound nothing.
+/// Prints the CPU weight of the sliver's cgroup, its memory bound and what it uses, then every class of every
+/// link as `tc` words it (its JSON leaves classes out in Debian 12). Fails when no process is in the cgroup: then its limits bound nothing.
 const SCRIPT: &str = r#"
 grep -q . "$dir/cgroup.procs" || { echo "no process is in $dir" >&2; exit 1; }
 echo "cgroup $dir $(cat "$dir/cpu.weight") $(cat "$dir/memory.max") $(cat "$dir/memory.current")"
 for link in /sys/class/net/*; do
-    printf 'classes %s ' "${link##*/}"; tc -j class show dev "${link##*/}" | tr -d '\n'; echo
+    tc class show dev "${link##*/}" | sed "s|^|classes ${link##*/} |"
 done
 "#;
 
@@ -56,15 +56,38 @@ pub(super) struct Asked {
     pub(super) burst_rate: u64,
 }
 
-/// One class as `tc -j` prints it; rates are bytes a second.
-#[derive(Debug, Deserialize)]
+/// One class; rates in bit/s.
+#[derive(Debug)]
 struct Class {
-    #[serde(default)]
     handle: String,
-    #[serde(default)]
     rate: u64,
-    #[serde(default)]
     ceil: u64,
+}
+
+impl Class {
+    /// From `class htb 1:100 parent 1:1 leaf 8001: prio 0 rate 1Kbit ceil 8Mbit burst …`.
+    fn parse(line: &str) -> Option<Class> {
+        let words: Vec<_> = line.split_ascii_whitespace().collect();
+        let after = |name: &str| words.iter().skip_while(|word| **word != name).nth(1).copied();
+        Some(Class {
+            handle: after("htb")?.to_owned(),
+            rate: tc_rate(after("rate")?)?,
+            ceil: tc_rate(after("ceil")?)?,
+        })
+    }
+}
+
+/// `tc`'s way to write a rate: `125bit`, `8Mbit`.
+fn tc_rate(text: &str) -> Option<u64> {
+    let text = text.strip_suffix("bit")?;
+    let (digits, factor) = match text.strip_suffix(['K', 'M', 'G', 'T']) {
+        None => (text, 1),
+        Some(digits) if text.ends_with('K') => (digits, 1_000),
+        Some(digits) if text.ends_with('M') => (digits, 1_000_000),
+        Some(digits) if text.ends_with('G') => (digits, 1_000_000_000),
+        Some(digits) => (digits, 1_000_000_000_000),
+    };
+    digits.parse::<u64>().ok()?.checked_mul(factor)
 }
 
 /// Asks the node's kernel.
@@ -111,16 +134,15 @@ fn parse(text: &str, asked: Asked) -> Result<Limits> {
     };
     let mut best: Option<(String, Class)> = None;
     for line in text.lines().filter_map(|line| line.strip_prefix("classes ")) {
-        let Some((link, json)) = line.split_once(' ') else {
+        let Some((link, class)) = line.split_once(' ') else {
             continue;
         };
-        let classes: Vec<Class> =
-            serde_json::from_str(if json.is_empty() { "[]" } else { json }).unwrap_or_default();
-        for class in classes {
-            let off = |class: &Class| class.ceil.saturating_mul(8).abs_diff(asked.burst_rate);
-            if class.ceil > 0 && best.as_ref().is_none_or(|(_, old)| off(&class) < off(old)) {
-                best = Some((link.to_owned(), class));
-            }
+        let Some(class) = Class::parse(class) else {
+            continue;
+        };
+        let off = |class: &Class| class.ceil.abs_diff(asked.burst_rate);
+        if class.ceil > 0 && best.as_ref().is_none_or(|(_, old)| off(&class) < off(old)) {
+            best = Some((link.to_owned(), class));
         }
     }
     let (link, class) =
@@ -132,8 +154,8 @@ fn parse(text: &str, asked: Asked) -> Result<Limits> {
         memory_current: number("memory.current", current)?,
         link,
         class: class.handle,
-        rate: class.rate.saturating_mul(8),
-        ceil: class.ceil.saturating_mul(8),
+        rate: class.rate,
+        ceil: class.ceil,
         asked,
     })
 }
@@ -164,8 +186,8 @@ impl Limits {
                 self.asked.cpu_share.saturating_mul(WEIGHT_PER_SHARE)
             )));
         }
-        // The kernel counts bytes: seven bits may be lost.
-        if self.ceil.abs_diff(burst_rate) > 8 {
+        // The kernel counts bytes, and `tc` rounds large rates that are no multiple of its unit.
+        if self.ceil.abs_diff(burst_rate) > 8 + burst_rate / 1000 {
             return Err(Error::failure(format!(
                 "no class has the ceiling that was asked for ({}); the nearest is {} of {} with {}",
                 format_rate(burst_rate),
@@ -216,9 +238,8 @@ mod tests {
         burst_rate: 10_000_000,
     };
     const TEXT: &str = "cgroup /sys/fs/cgroup/mandoline/slivers/1 200 150994944 50000000\n\
-        classes lo \nclasses eth0 []\n\
-        classes mifb [{\"class\":\"htb\",\"handle\":\"1:1\",\"root\":true,\"rate\":12500000,\"ceil\":12500000},\
-        {\"class\":\"htb\",\"handle\":\"1:10\",\"parent\":\"1:1\",\"rate\":125,\"ceil\":1250000}]\n";
+        classes mifb class htb 1:1 root rate 100Mbit ceil 100Mbit burst 1600b cburst 1600b \n\
+        classes mifb class htb 1:10 parent 1:1 leaf 8002: prio 0 rate 1Kbit ceil 10Mbit burst 1600b cburst 1600b \n";
 
     #[test]
     fn the_kernels_words_are_read_and_checked() {

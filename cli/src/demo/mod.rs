@@ -44,7 +44,7 @@ const COMMAND: &str = "echo \"$(uname -srm), Debian $(cat /etc/debian_version), 
      disk $(df -h --output=size / | tail -n 1 | tr -d ' ')\"";
 
 /// How long a sliver may take, under emulation and with everything cold.
-const SLIVER_TIMEOUT: Duration = Duration::from_secs(180);
+const SLIVER_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Runs the demo; Ctrl-C ends it and cleans up.
 pub(crate) async fn demo(output: Output, args: &args::Demo) -> Result<()> {

@@ -18,9 +18,9 @@ use crate::error::{About, Error, Result};
 /// The authority as the lab's nodes reach it: their emulated network has this address for it and no way out.
 const PLC_URL: &str = "http://10.0.2.100:80";
 /// How long a node may take to boot, under emulation on a busy machine.
-const BOOT: Duration = Duration::from_secs(180);
+const BOOT: Duration = Duration::from_secs(300);
 /// How long its slice creation service may take to register.
-const REGISTRATION: Duration = Duration::from_secs(90);
+const REGISTRATION: Duration = Duration::from_secs(180);
 /// How often the authority is asked for it.
 const ASK: Duration = Duration::from_millis(100);
 
@@ -142,7 +142,7 @@ impl LabNode {
         let out = tokio::process::Command::new(&self.lab)
             .arg("exec")
             .arg(&self.info.dir)
-            .args(["--", script])
+            .args(["--", "sh", "-c", script])
             .kill_on_drop(true)
             .output()
             .await
