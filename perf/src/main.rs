@@ -1,2 +1,42 @@
-//! Being built.
-fn main() {}
+//! Mandoline's benchmarks: how fast, how dense, how isolated, measured beside a peer in the same run.
+
+mod boot;
+mod plot;
+mod report;
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+
+/// Runs a benchmark, shows it as a table, and writes `<out>/<name>.json` and `<out>/<name>.svg`.
+#[derive(Debug, Parser)]
+#[command(name = "mandoline-perf", version)]
+struct Cli {
+    #[command(subcommand)]
+    benchmark: Benchmark,
+    /// Where the JSON and the plot go.
+    #[arg(long, global = true, default_value = "target/perf")]
+    out: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+enum Benchmark {
+    /// Start → first user instruction → reachable, by phase: our monitor beside QEMU's microvm machine.
+    Boot(boot::BootArgs),
+    /// The part of a benchmark that runs inside the lab node.
+    #[command(subcommand, hide = true)]
+    InNode(InNode),
+}
+
+#[derive(Debug, Subcommand)]
+enum InNode {
+    Boot(boot::node::NodeArgs),
+}
+
+fn main() -> anyhow::Result<()> {
+    let cli = Cli::parse();
+    match cli.benchmark {
+        Benchmark::Boot(args) => boot::run(&args, &cli.out),
+        Benchmark::InNode(InNode::Boot(args)) => boot::node::run(&args),
+    }
+}

@@ -29,17 +29,28 @@ fn draw(path: &Path, title: &str, bars: &[Bar]) -> Result<(), Box<dyn std::error
     let height = 150 + 70 * bars.len() as u32;
     let root = SVGBackend::new(path, (960, height)).into_drawing_area();
     root.fill(&WHITE)?;
-    let longest = bars.iter().map(|b| b.phases.iter().map(|p| p.1).sum::<f64>()).fold(1.0, f64::max);
+    let longest = bars
+        .iter()
+        .map(|b| b.phases.iter().map(|p| p.1).sum::<f64>())
+        .fold(1.0, f64::max);
     let mut chart = ChartBuilder::on(&root)
         .caption(title, ("sans-serif", 20))
         .margin(12)
         .x_label_area_size(40)
         .build_cartesian_2d(0.0..longest * 1.25, 0.0..bars.len() as f64 + 0.6)?;
-    chart.configure_mesh().disable_y_axis().disable_y_mesh().x_desc("milliseconds (median)").draw()?;
+    chart
+        .configure_mesh()
+        .disable_y_axis()
+        .disable_y_mesh()
+        .x_desc("milliseconds (median)")
+        .draw()?;
 
     let mut legend: Vec<&str> = Vec::new();
     for (i, bar) in bars.iter().enumerate() {
-        let (bottom, top) = ((bars.len() - 1 - i) as f64 + 0.1, (bars.len() - 1 - i) as f64 + 0.6);
+        let (bottom, top) = (
+            (bars.len() - 1 - i) as f64 + 0.1,
+            (bars.len() - 1 - i) as f64 + 0.6,
+        );
         let mut at = 0.0;
         for (name, ms) in &bar.phases {
             let index = legend.iter().position(|l| l == name).unwrap_or_else(|| {
@@ -55,7 +66,10 @@ fn draw(path: &Path, title: &str, bars: &[Bar]) -> Result<(), Box<dyn std::error
     }
     for (index, name) in legend.iter().enumerate() {
         let y = 40 + 18 * index as i32;
-        root.draw(&Rectangle::new([(770, y), (784, y + 12)], COLOURS[index % COLOURS.len()].filled()))?;
+        root.draw(&Rectangle::new(
+            [(770, y), (784, y + 12)],
+            COLOURS[index % COLOURS.len()].filled(),
+        ))?;
         root.draw(&Text::new((*name).to_owned(), (790, y), ("sans-serif", 14)))?;
     }
     root.present()?;

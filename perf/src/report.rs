@@ -95,7 +95,9 @@ pub(crate) struct Target {
 
 impl Report {
     pub(crate) fn row(&self, subject: &str, measure: &str) -> Option<&Row> {
-        self.rows.iter().find(|r| r.subject == subject && r.measure == measure)
+        self.rows
+            .iter()
+            .find(|r| r.subject == subject && r.measure == measure)
     }
 
     /// Writes `<dir>/<name>.json`, and gives its path.
@@ -124,9 +126,14 @@ impl Report {
             m.kernel
         );
         let mut rows = Table::new();
-        rows.set_header(["subject", "measure", "unit", "n", "min", "p50", "p90", "p99", "max"]);
+        rows.set_header([
+            "subject", "measure", "unit", "n", "min", "p50", "p90", "p99", "max",
+        ]);
         for r in &self.rows {
-            let mut cells: Vec<Cell> = [&r.subject, &r.measure, &r.unit].into_iter().map(Cell::new).collect();
+            let mut cells: Vec<Cell> = [&r.subject, &r.measure, &r.unit]
+                .into_iter()
+                .map(Cell::new)
+                .collect();
             cells.push(Cell::new(r.n).set_alignment(CellAlignment::Right));
             for value in [r.min, r.p50, r.p90, r.p99, r.max] {
                 cells.push(Cell::new(format!("{value:.1}")).set_alignment(CellAlignment::Right));
@@ -138,7 +145,8 @@ impl Report {
             let mut targets = Table::new();
             targets.set_header(["target", "want", "got", "met", "note"]);
             for t in &self.targets {
-                targets.add_row([&t.measure, &t.want, &t.got, if t.met { "yes" } else { "NO" }, &t.note]);
+                let met = if t.met { "yes" } else { "NO" };
+                targets.add_row([t.measure.as_str(), &t.want, &t.got, met, &t.note]);
             }
             out.push_str(&format!("{targets}\n"));
         }
@@ -162,9 +170,11 @@ mod tests {
 
     #[test]
     fn kvm_kinds_are_spelled_as_design_section_10_spells_them() {
-        for (kind, text) in
-            [(Kvm::Hardware, "hardware"), (Kvm::NestedTcg, "nested-tcg"), (Kvm::PayloadOnly, "payload-only")]
-        {
+        for (kind, text) in [
+            (Kvm::Hardware, "hardware"),
+            (Kvm::NestedTcg, "nested-tcg"),
+            (Kvm::PayloadOnly, "payload-only"),
+        ] {
             assert_eq!(serde_json::to_value(kind).unwrap(), text);
         }
     }

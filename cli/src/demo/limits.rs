@@ -145,8 +145,12 @@ fn parse(text: &str, asked: Asked) -> Result<Limits> {
             best = Some((link.to_owned(), class));
         }
     }
-    let (link, class) =
-        best.ok_or_else(|| Error::failure("no link of the node has a class that bounds a rate"))?;
+    let (link, class) = best.ok_or_else(|| {
+        Error::failure(format!(
+            "no link of the node has a class that bounds a rate; tc says:\n{}",
+            super::children::tail(text)
+        ))
+    })?;
     Ok(Limits {
         cgroup: path.to_owned(),
         cpu_weight: number("cpu.weight", weight)?,

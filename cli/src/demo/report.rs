@@ -32,11 +32,16 @@ pub(super) struct Report {
     seen: Vec<Moment>,
     /// On the node, from `bind` on, by the node manager's names, microseconds.
     node_phases_us: Vec<(String, u64)>,
+    /// How long each step of the join took in the guest, the shortest first.
+    join_steps_us: Vec<(String, u64)>,
     /// What the command in the sliver printed.
     said: String,
     limits: Limits,
     planetlab_ms: f64,
 }
+
+/// What the names of a join's steps begin with.
+const JOIN_STEP: &str = "guest_join_";
 
 impl Report {
     #[expect(
@@ -75,18 +80,21 @@ impl Report {
             us: micros(first_command),
         });
         seen.sort_by_key(|moment| moment.us);
-        let mut phases: Vec<_> = sliver
+        // The join's steps are durations on the guest's clock; all others are moments on the node's.
+        let (mut join, mut phases): (Vec<_>, Vec<_>) = sliver
             .phases_us
             .iter()
             .map(|(name, us)| (name.clone(), *us))
-            .collect();
+            .partition(|(name, _)| name.starts_with(JOIN_STEP));
         phases.sort_by_key(|(_, us)| *us);
+        join.sort_by_key(|(_, us)| *us);
         Self {
             accel: node.accel.clone(),
             accel_words: node.accel_words.clone(),
             node_boot_ms: node.boot_ms,
             seen,
             node_phases_us: phases,
+            join_steps_us: join,
             said,
             limits,
             planetlab_ms: PLANETLAB_MS,
@@ -112,11 +120,19 @@ impl Report {
             "ON THE NODE, FROM bind ON",
             self.node_phases_us.iter().map(|(name, us)| (name.as_str(), *us)),
         );
+        let join = table(
+            ["OF WHICH JOIN, IN THE SLIVER", "took ms"],
+            self.join_steps_us.iter().map(|(name, us)| {
+                let step = name.strip_prefix(JOIN_STEP).unwrap_or(name);
+                [step.to_owned(), format!("{:>9}", millis(*us))]
+            }),
+            "",
+        );
         let last = self.node_phases_us.last().map_or(0, |(_, us)| *us);
         let ours = f64::from(u32::try_from(last / 1000).unwrap_or(u32::MAX));
         let factor = if ours > 0.0 { self.planetlab_ms / ours } else { 0.0 };
         format!(
-            "\nIn the sliver, over ssh: {}\n\n{limits}\n\n{seen}\n\n{node}\n\nA sliver on a node, creation to login: {ours:.0} ms here, {:.0} ms on the first PlanetLab (NSDI'04,\nvserver, warm cache): {factor:.1} times as fast. Here means: {}.",
+            "\nIn the sliver, over ssh: {}\n\n{limits}\n\n{seen}\n\n{node}\n\n{join}\n\nA sliver on a node, creation to login: {ours:.0} ms here, {:.0} ms on the first PlanetLab (NSDI'04,\nvserver, warm cache): {factor:.1} times as fast. Here means: {}.",
             self.said, self.planetlab_ms, self.accel_words
         )
     }

@@ -257,9 +257,16 @@ fn up(nodes: u8, options: &NodeOptions) -> Result<ExitCode> {
             died = true;
             let lines: Vec<&str> = console.lines().collect();
             let last = lines[lines.len().saturating_sub(60)..].join("\n");
-            eprintln!("mandoline-lab: the kernel of {} panicked; its console:\n{last}", node.info().name);
+            eprintln!(
+                "mandoline-lab: the kernel of {} panicked; its console:\n{last}",
+                node.info().name
+            );
         }
     }
     eprintln!("mandoline-lab: the nodes have powered off");
-    Ok(if died { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    Ok(if died {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
 }
