@@ -80,7 +80,10 @@ mod tests {
     #[test]
     fn a_node_has_something_of_everything() {
         let table = toml::from_str("mem_limit = \"2 GiB\"\nmem_reserve = \"1 GiB\"").unwrap();
-        let config = Config { capacity: table, ..Config::default() };
+        let config = Config {
+            capacity: table,
+            ..Config::default()
+        };
         let capacity = of_node(&config, Path::new("/")).unwrap();
         assert_eq!(capacity.number("mem_limit"), Some(2 << 30));
         assert_eq!(capacity.number("cpu_guarantee"), Some(900));

@@ -70,7 +70,11 @@ impl Rspec {
                     let have = self.number(attribute.name).unwrap_or(0);
                     if *value > have {
                         let have = Value::Number(have).display(attribute);
-                        return Err(exceeds(attribute.name, &Value::Number(*value), format!("at most {have}")));
+                        return Err(exceeds(
+                            attribute.name,
+                            &Value::Number(*value),
+                            format!("at most {have}"),
+                        ));
                     }
                 }
                 (Kind::Set, Some(Value::Ports(ports))) => {
@@ -95,7 +99,11 @@ impl Rspec {
     /// its children.
     pub fn take_out(&mut self, child: &Rspec) {
         for attribute in ATTRIBUTES {
-            match (attribute.kind, self.get(attribute.name), child.get(attribute.name)) {
+            match (
+                attribute.kind,
+                self.get(attribute.name),
+                child.get(attribute.name),
+            ) {
                 (Kind::Reservation, Some(Value::Number(have)), Some(Value::Number(gone))) => {
                     let left = have.saturating_sub(*gone);
                     self.put(attribute.name, Value::Number(left));

@@ -64,7 +64,7 @@ fn want(amounts: &[u64; 3], port: u16, vm: bool) -> Rspec {
     for (name, amount) in RESERVED.iter().zip(amounts) {
         json[name] = json!(amount);
     }
-    if port % 3 == 0 {
+    if port.is_multiple_of(3) {
         json["ports"] = json!([]);
     }
     if vm {
