@@ -371,8 +371,7 @@ pub struct PhaseMark {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
-    /// The kernel made the process (from `/proc/self/stat`'s clock: 10 ms steps) or, where the caller gave
-    /// `--start-time-ns`, when the caller began.
+    /// The caller began to start the VM, as it said by `--start-time-ns`; absent without that.
     ProcessStart,
     /// `main` was entered.
     Main,

@@ -4,6 +4,8 @@
 //! configuration ([`config`], [`fds`]), the jail ([`jail`]), the control socket ([`api`]), and [`run`], which
 //! boots a sliver by hand. What the outside sees is described in `mandoline_api::monitor`.
 
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
 pub mod api;
 pub mod boot;
 pub mod bus;

@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::api::{routes, server};
 use crate::cli::{Switch, VmArgs};
+use crate::devices::vsock::outward::Outward;
 use crate::exit::{Exit, ExitLatch};
 use crate::fds::{self, Inherited};
 use crate::jail::seccomp::Role;
@@ -112,6 +113,15 @@ fn start(
     let signals = monitor::signals(!args.die_with_parent)?;
     let vm_config = read_config(args, &mut inherited)?;
     let spec = config::open(&vm_config, &mut inherited)?;
+    let by_path = spec
+        .vsock
+        .as_ref()
+        .is_some_and(|vsock| matches!(vsock.outward, Outward::Path(_)));
+    let devices = if by_path {
+        Role::DevicesByPath
+    } else {
+        Role::Devices
+    };
     let terminal = terminal(args, &mut inherited)?;
     let api = args
         .api_sock
@@ -152,7 +162,7 @@ fn start(
         signals,
         calls,
         confine: if filters {
-            Box::new(|| confine(Role::Devices))
+            Box::new(move || confine(devices))
         } else {
             Box::new(|| Ok(()))
         },

@@ -21,6 +21,9 @@ pub enum Role {
     Vcpu,
     /// The event loop: devices, signals, the end.
     Devices,
+    /// The same where streams of the guest go to sockets by path, as no node manager has it: it may make
+    /// sockets and connect them. In an empty root it finds none.
+    DevicesByPath,
     /// The control socket.
     Api,
 }
@@ -111,7 +114,7 @@ fn ioctls(role: Role) -> &'static [u64] {
             KVM_KVMCLOCK_CTRL,
             TUNSETOFFLOAD,
         ],
-        Role::Devices | Role::Api => &[FIONBIO],
+        Role::Devices | Role::DevicesByPath | Role::Api => &[FIONBIO],
     }
 }
 
@@ -124,7 +127,7 @@ pub fn program(role: Role) -> Result<BpfProgram, Error> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
     let own = match role {
         Role::Vcpu => &[],
-        Role::Devices => DEVICES,
+        Role::Devices | Role::DevicesByPath => DEVICES,
         Role::Api => API,
     };
     for call in COMMON.iter().chain(own) {
@@ -144,6 +147,11 @@ pub fn program(role: Role) -> Result<BpfProgram, Error> {
         )?])?);
     }
     rules.insert(libc::SYS_ioctl, requests);
+    if role == Role::DevicesByPath {
+        let unix = condition(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, libc::AF_UNIX as u64)?;
+        rules.insert(libc::SYS_socket, vec![rule(vec![unix])?]);
+        rules.insert(libc::SYS_connect, Vec::new());
+    }
     // Memory for the allocator, never executable.
     let no_exec = condition(
         2,
@@ -265,7 +273,7 @@ mod tests {
 
     #[test]
     fn every_role_has_a_filter() {
-        for role in [Role::Vcpu, Role::Devices, Role::Api] {
+        for role in [Role::Vcpu, Role::Devices, Role::DevicesByPath, Role::Api] {
             assert!(program(role).unwrap().len() > 30, "{role:?}");
         }
     }
@@ -320,6 +328,18 @@ mod tests {
         };
         let (status, text) = try_call(Role::Devices, exec);
         assert_eq!((status, text.contains("mmap")), (i32::from(EXIT_SECCOMP), true));
+    }
+
+    #[test]
+    fn only_a_monitor_with_paths_may_make_sockets_and_unix_ones_only() {
+        // SAFETY: makes a socket that ends with the child.
+        let socket = |family| unsafe {
+            libc::socket(family, libc::SOCK_STREAM, 0);
+        };
+        let killed = i32::from(EXIT_SECCOMP);
+        assert_eq!(try_call(Role::Devices, || socket(libc::AF_UNIX)).0, killed);
+        assert_eq!(try_call(Role::DevicesByPath, || socket(libc::AF_UNIX)).0, 0);
+        assert_eq!(try_call(Role::DevicesByPath, || socket(libc::AF_INET)).0, killed);
     }
 
     #[test]

@@ -11,6 +11,7 @@
 
 pub mod agent;
 pub mod options;
+mod parts;
 pub mod supervise;
 
 pub use options::RunArgs;
