@@ -203,7 +203,7 @@ fn ssh_options(key: PathBuf) -> SshOptions {
             "BatchMode=yes",
             "IdentitiesOnly=yes",
             "IdentityAgent=none",
-            "LogLevel=ERROR",
+            "LogLevel=VERBOSE",
         ]
         .map(str::to_owned)
         .into(),
