@@ -6,6 +6,7 @@ use mandoline_api::authority_client::AuthorityClient;
 use crate::args;
 use crate::error::{About, Error, Result};
 use crate::output::{Output, or_dash, table, time};
+use crate::rspec_args::people;
 use crate::session::password;
 
 /// Nodes that the command line adds are ready to run slivers; there is nothing of ours to reinstall on them.
@@ -44,7 +45,7 @@ pub(crate) async fn node(client: &AuthorityClient, output: Output, command: &arg
                     vm_types(node),
                     or_dash(node.ssh_endpoint.as_ref().map(|e| format!("{}:{}", e.host, e.port))),
                     or_dash(node.last_contact.map(time)),
-                    serde_json::Value::from(node.capacity.clone())
+                    people(&node.capacity)
                 )
             })
         }

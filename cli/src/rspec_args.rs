@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use mandoline_api::authority::RspecObject;
-use mandoline_rspec::{Rspec, Type, attribute};
+use mandoline_rspec::{Rspec, Type, Value, attribute};
 use serde_json::Value as Json;
 
 use crate::error::{About, Error, Result};
@@ -49,6 +49,22 @@ fn json(name: &str, value: &str) -> Json {
         Some(_) => serde_json::from_str(value).unwrap_or_else(|_| value.into()),
         None => value.into(),
     }
+}
+
+/// An rspec for people: values with their units.
+pub(crate) fn people(object: &RspecObject) -> String {
+    let Ok(rspec) = Rspec::from_map(object) else {
+        // An authority that is newer than this program.
+        return Json::from(object.clone()).to_string();
+    };
+    let value = |name: &str, value: &Value| {
+        attribute(name).map_or_else(|| value.to_json().to_string(), |row| value.display(row))
+    };
+    rspec
+        .iter()
+        .map(|(name, it)| format!("{name} = {}", value(name, it)))
+        .collect::<Vec<_>>()
+        .join(", ")
 }
 
 /// The attribute table for `--help`.

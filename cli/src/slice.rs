@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use mandoline_api::authority::{self, NewSlice, SliverState};
 use mandoline_api::authority_client::{AuthorityClient, ErrorClass};
-use mandoline_rspec::{Rspec, attribute};
 
 use crate::args;
 use crate::error::{Error, Result};
@@ -98,19 +97,7 @@ async fn create(client: &AuthorityClient, output: Output, args: &args::SliceCrea
 }
 
 fn describe(slice: &authority::Slice) -> String {
-    let rspec = match Rspec::from_map(&slice.rspec) {
-        Ok(rspec) => rspec
-            .iter()
-            .map(|(name, value)| {
-                let value =
-                    attribute(name).map_or_else(|| value.to_json().to_string(), |row| value.display(row));
-                format!("{name} = {value}")
-            })
-            .collect::<Vec<_>>()
-            .join(", "),
-        // An authority that is newer than this program.
-        Err(_) => serde_json::Value::from(slice.rspec.clone()).to_string(),
-    };
+    let rspec = rspec_args::people(&slice.rspec);
     format!(
         "slice {}{}\n  rspec    {rspec}\n  nodes    {}\n  users    {}\n  expires  {}",
         slice.name,

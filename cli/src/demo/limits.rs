@@ -262,7 +262,7 @@ mod tests {
             ("150994944", "1073741824", "memory.max"),
             ("150994944", "67108864", "memory.max"),
             (" 200 ", " 100 ", "cpu.weight"),
-            ("1250000}", "1500000}", "10 Mbit/s"),
+            ("ceil 10Mbit", "ceil 12Mbit", "10 Mbit/s"),
         ] {
             let message = parse(&TEXT.replace(from, to), ASKED)
                 .unwrap()
@@ -275,7 +275,7 @@ mod tests {
 
     #[test]
     fn what_is_not_there_is_an_error() {
-        assert!(parse("classes lo []\n", ASKED).is_err());
+        assert!(parse("classes lo \n", ASKED).is_err());
         assert!(parse(TEXT.split("classes mifb").next().unwrap(), ASKED).is_err());
         assert!(parse(&TEXT.replace("150994944", "max"), ASKED).is_err());
     }

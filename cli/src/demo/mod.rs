@@ -14,7 +14,9 @@ mod children;
 mod limits;
 mod node;
 mod report;
+mod workdir;
 
+use std::cell::Cell;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -25,6 +27,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use self::authority::Authority;
 use self::node::LabNode;
 use self::report::Report;
+use self::workdir::WorkDir;
 use crate::args;
 use crate::error::{About, Error, Exit, Result};
 use crate::output::Output;
@@ -51,15 +54,20 @@ pub(crate) async fn demo(output: Output, args: &args::Demo) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate()).about("signals")?;
     let mut interrupt = signal(SignalKind::interrupt()).about("signals")?;
     // What is dropped takes its programs and directories with it.
+    let kept = Cell::new(false);
+    let ended = |how: &str| match kept.get() {
+        // That is how `--keep` ends.
+        true => Ok(()),
+        false => Err(Error::failure(format!("{how}; everything is taken down"))),
+    };
     tokio::select! {
-        result = play(output, args) => result,
-        _ = terminate.recv() => Err(Error::failure("asked to end; everything is taken down")),
-        _ = interrupt.recv() => Err(Error::failure("interrupted; everything is taken down")),
+        result = play(output, args, &kept) => result,
+        _ = terminate.recv() => ended("asked to end"),
+        _ = interrupt.recv() => ended("interrupted"),
     }
 }
 
-async fn play(output: Output, args: &args::Demo) -> Result<()> {
-    let bin = programs()?;
+async fn play(output: Output, args: &args::Demo, kept: &Cell<bool>) -> Result<()> {
     let rspec = rspec_args::rspec(
         None,
         &[
@@ -69,11 +77,9 @@ async fn play(output: Output, args: &args::Demo) -> Result<()> {
             format!("burst_rate={}", args.burst_rate),
         ],
     )?;
+    let bin = programs()?;
     // Dropped in the reverse order: the node first, then the authority, then their directory.
-    let dir = tempfile::Builder::new()
-        .prefix("mandoline-demo-")
-        .tempdir()
-        .about("temporary directory")?;
+    let dir = WorkDir::new()?;
     let say = |text: &str| eprintln!("demo: {text}");
     let start = Instant::now();
 
@@ -144,6 +150,7 @@ async fn play(output: Output, args: &args::Demo) -> Result<()> {
     report.check_limits()?;
     output.show(&report, Report::people)?;
     if args.keep {
+        kept.set(true);
         keep(&people.user_token, &authority.url, &people.key, output).await?;
     }
     delete(&people.user).await
