@@ -24,8 +24,8 @@ test: setup check deny unit images build image-tests lab-tests ## Everything tha
 bench: setup images build ## Benchmarks in a lab node: make bench BENCH=boot
 	@$(STEP) "benchmark $(BENCH)" scripts/with-images target/release/mandoline-perf $(BENCH)
 
-soak: setup images build ## The long tests: five idle minutes, many slivers
-	@$(STEP) "soak tests" scripts/with-images cargo test --release -p mandoline-lab --test soak -- --ignored --test-threads=1
+soak: setup images build ## The long tests: what an idle sliver writes in five minutes
+	@$(STEP) "soak tests" scripts/with-images python3 tests/e2e/soak_idle_disk.py
 
 setup: ## Install what is missing, or say what to install
 	@scripts/setup
@@ -53,7 +53,8 @@ image-tests: ## Do the images keep their promises?
 	@$(STEP) "root image tests" guest-image/root/test
 
 lab-tests: ## Real slivers in a lab node
-	@$(STEP) "lab tests" scripts/with-images cargo test --release -p mandoline-lab -- --ignored --test-threads=1 --skip soak
+	@$(STEP) "lab tests" scripts/with-images cargo test --release -p mandoline-lab -- --ignored --test-threads=1
+	@$(STEP) "first light, over PLCAPI" scripts/with-images python3 tests/e2e/test_first_light.py
 
 doctor: ## What is missing on this machine, and how to get it
 	@cargo run --quiet --release -p mandoline -- doctor

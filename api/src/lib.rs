@@ -4,6 +4,8 @@
 //! every sliver, small and static) takes in only its own protocol: `default-features = false,
 //! features = ["agent"]`. Clients come with `unix-client` and `authority-client`.
 
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
 #[cfg(feature = "agent")]
 pub mod agent;
 #[cfg(feature = "authority")]

@@ -9,13 +9,14 @@ import subprocess
 import unittest
 import xmlrpc.client
 
-from harness import ADMIN, PASSWORD, Authority, Lab, program, run, temporary_directory, wait_for
+from harness import ADMIN, PASSWORD, Authority, Lab, main, program, run, temporary_directory, wait_for
 
 HOST = "node1.example.org"
 SLICE = "example_light"
 USER = "user@example.org"
 USER_PASSWORD = "another long password"
 MIB = 1 << 20
+LABS = []
 
 
 class FirstLight(unittest.TestCase):
@@ -44,6 +45,7 @@ class FirstLight(unittest.TestCase):
                 "cpu_share": 1000, "mem_limit": "1 GiB", "disk_quota": "5 GB", "base_rate": "10 Mbit/s",
                 "burst_rate": "100 Mbit/s", "vcpus": 1}}], f)
         cls.lab = Lab(cls.tmp.name, config, "--authority", f"127.0.0.1:{cls.authority.port}")
+        LABS.append(cls.lab)
         cls.addClassCleanup(cls.lab.stop)
 
     @classmethod
@@ -166,4 +168,4 @@ class FirstLight(unittest.TestCase):
 
 
 if __name__ == "__main__":
-    unittest.main(verbosity=2, failfast=True)
+    main(FirstLight, LABS)

@@ -130,7 +130,7 @@ pub(crate) fn run(args: &BootArgs, out: &Path) -> Result<()> {
 fn machine(node: &mandoline_lab::Node, kvm: Kvm) -> Result<Machine> {
     let said = node.shell(
         "sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n1; nproc; \
-         awk '/MemTotal/{print $2*1024}' /proc/meminfo; uname -r",
+         sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo; uname -r",
     )?;
     let lines: Vec<&str> = said.lines().collect();
     let [cpu, cores, memory, kernel] = lines[..] else {
@@ -139,7 +139,7 @@ fn machine(node: &mandoline_lab::Node, kvm: Kvm) -> Result<Machine> {
     Ok(Machine {
         cpu: cpu.into(),
         cores: cores.parse()?,
-        memory: memory.parse()?,
+        memory: memory.parse::<u64>()? << 10,
         kernel: kernel.into(),
         kvm,
     })

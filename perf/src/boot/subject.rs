@@ -3,15 +3,19 @@
 //! and how to open streams to and from the guest.
 
 use std::fs::File;
-use std::io::Read;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::io::{IoSliceMut, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use mandoline_api::agent::{AGENT_PORT, HOST_EVENT_PORT, SERIAL_MARK};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketFlags, SocketType, recvmsg,
+    socketpair,
+};
 use vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener, VsockStream};
 
 /// Debian's QEMU, on the lab node's disk for peers (`guest-image/node/peer`).
@@ -56,11 +60,18 @@ impl Subject {
     pub(crate) fn start(self, machine: &Machine, vmm: &Path, cid: u32) -> Result<Running> {
         let (serial, serial_out) = std::io::pipe().context("making the serial pipe")?;
         let log = File::create(machine.dir.join("log")).context("making the log")?;
+        let mut broker = None;
         let (events, agent) = match self {
             Self::Mandoline => {
-                let sock = machine.dir.join("v.sock");
-                let events = UnixListener::bind(machine.dir.join(format!("v.sock_{HOST_EVENT_PORT}")))?;
-                (Events::Unix(events), AgentAddr::Unix(sock))
+                let (ours, monitors) = socketpair(
+                    AddressFamily::UNIX,
+                    SocketType::SEQPACKET,
+                    SocketFlags::CLOEXEC,
+                    None,
+                )
+                .context("making the socket for the guest's outward streams")?;
+                broker = Some(monitors);
+                (Events::Broker(ours), AgentAddr::Unix(machine.dir.join("v.sock")))
             }
             Self::QemuMicrovm => {
                 let events = VsockListener::bind(&VsockAddr::new(VMADDR_CID_ANY, HOST_EVENT_PORT))
@@ -69,7 +80,7 @@ impl Subject {
             }
         };
         let mut command = match self {
-            Self::Mandoline => mandoline(machine, vmm, cid)?,
+            Self::Mandoline => mandoline(machine, vmm, cid, broker.as_ref())?,
             Self::QemuMicrovm => qemu(machine, cid),
         };
         command
@@ -79,6 +90,7 @@ impl Subject {
         let began = Instant::now();
         let child = command.spawn().with_context(|| format!("starting {command:?}"))?;
         drop(command); // holds the pipe's writing end
+        drop(broker);
         Ok(Running {
             child,
             mark: Mark::new(serial.into(), machine.dir.join("log")),
@@ -89,7 +101,7 @@ impl Subject {
     }
 }
 
-fn mandoline(m: &Machine, vmm: &Path, cid: u32) -> Result<Command> {
+fn mandoline(m: &Machine, vmm: &Path, cid: u32, broker: Option<&OwnedFd>) -> Result<Command> {
     let config = serde_json::json!({
         "boot-source": {"kernel_image_path": m.kernel, "boot_args": CMDLINE},
         "machine-config": {"vcpu_count": 1, "mem_size_mib": m.mem_mib},
@@ -118,6 +130,13 @@ fn mandoline(m: &Machine, vmm: &Path, cid: u32) -> Result<Command> {
         .arg("--config-file")
         .arg(&path)
         .args(["--serial", "fd:serial", "--fd", "serial=1"]);
+    if let Some(broker) = broker {
+        // Kept over exec: the jailed monitor can open no path, so it asks here for the guest's outward streams.
+        rustix::io::fcntl_setfd(broker, rustix::io::FdFlags::empty())?;
+        command
+            .arg("--fd")
+            .arg(format!("vsock-out={}", broker.as_raw_fd()));
+    }
     Ok(command)
 }
 
@@ -171,7 +190,8 @@ fn qemu(m: &Machine, cid: u32) -> Command {
 }
 
 enum Events {
-    Unix(UnixListener),
+    /// The monitor sends `{"port": …}` with one end of a new stream.
+    Broker(OwnedFd),
     Vsock(VsockListener),
 }
 
@@ -255,12 +275,12 @@ impl Running {
     /// Waits for the stream that the agent opens when it listens.
     pub(crate) fn wait_up(&mut self) -> Result<Box<dyn Stream>> {
         let fd = match &self.events {
-            Events::Unix(l) => l.as_fd(),
+            Events::Broker(socket) => socket.as_fd(),
             Events::Vsock(l) => l.as_fd(),
         };
         self.mark.wait_readable(fd, "event stream of the agent", &[])?;
         Ok(match &self.events {
-            Events::Unix(l) => Box::new(l.accept()?.0),
+            Events::Broker(socket) => Box::new(receive_stream(socket)?),
             Events::Vsock(l) => Box::new(l.accept()?.0),
         })
     }
@@ -296,6 +316,35 @@ impl Running {
             }
         }
     }
+}
+
+/// Takes the stream that the guest opened to [`HOST_EVENT_PORT`].
+fn receive_stream(broker: &OwnedFd) -> Result<UnixStream> {
+    let mut text = [0; 256];
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let got = recvmsg(
+        broker,
+        &mut [IoSliceMut::new(&mut text)],
+        &mut control,
+        RecvFlags::CMSG_CLOEXEC,
+    )?;
+    let asked: serde_json::Value =
+        serde_json::from_slice(&text[..got.bytes]).context("the monitor's message")?;
+    if asked["port"] != HOST_EVENT_PORT {
+        bail!(
+            "the guest opened a stream to port {}, not {HOST_EVENT_PORT}",
+            asked["port"]
+        );
+    }
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(mut fds) = message {
+            if let Some(fd) = fds.next() {
+                return Ok(fd.into());
+            }
+        }
+    }
+    bail!("the monitor's message came without a descriptor")
 }
 
 impl Drop for Running {

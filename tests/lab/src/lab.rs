@@ -10,6 +10,9 @@ use std::path::{Path, PathBuf};
 /// What a node may come to write here in a short life, in MiB.
 const NEEDED_MIB: u64 = 1024;
 
+/// How often an emulated node whose kernel panics at its start is started in all.
+const STARTS: u32 = 4;
+
 /// A lab. Dropping it removes its directory; nodes that are still up must be dropped first.
 pub struct Lab {
     // Fields drop in this order: the hub's sockets lie in the directory.
@@ -62,14 +65,42 @@ impl Lab {
 
     /// Starts a node, joined with this lab's others, and waits until it is up.
     pub fn start(&mut self, spec: NodeSpec) -> Result<Node> {
-        self.prepare(spec)?.start()
+        let mut nodes = self.start_all(vec![spec])?;
+        nodes.pop().ok_or_else(|| LabError::Value {
+            name: "the number of nodes",
+            value: "0".into(),
+            allowed: "as many as were asked for".into(),
+        })
     }
 
     /// Starts several nodes at the same time; when one fails, all of them are taken down.
+    ///
+    /// QEMU before 8.1 may translate a page of code while another emulated CPU patches it, and then runs the
+    /// breakpoint that the patching left there for a moment: a kernel panic in some 1 of 10 starts on a busy
+    /// machine, mostly while the kernel starts. So an emulated node that panics there is started anew.
     pub fn start_all(&mut self, specs: Vec<NodeSpec>) -> Result<Vec<Node>> {
+        let mut tries = 1;
+        loop {
+            match self.try_start_all(&specs) {
+                Err(LabError::Boot { name, console, .. })
+                    if self.accel.accel == accel::Accel::TcgSvm
+                        && tries < STARTS
+                        && console.contains("Kernel panic") =>
+                {
+                    eprintln!(
+                        "lab: the emulator broke the kernel of {name} while it started (try {tries} of {STARTS}); once more"
+                    );
+                    tries += 1;
+                }
+                result => return result,
+            }
+        }
+    }
+
+    fn try_start_all(&mut self, specs: &[NodeSpec]) -> Result<Vec<Node>> {
         let places = specs
-            .into_iter()
-            .map(|spec| self.prepare(spec))
+            .iter()
+            .map(|spec| self.prepare(spec.clone()))
             .collect::<Result<Vec<_>>>()?;
         std::thread::scope(|scope| {
             let starting: Vec<_> = places
