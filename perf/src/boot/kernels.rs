@@ -1,5 +1,6 @@
 //! The sliver kernel `up` beside Debian's cloud kernel, both under QEMU `microvm` with the same initrd, whose
-//! `/init` is the guest agent: process start → its first byte on the serial port.
+//! `/init` is the guest agent: process start → its first byte on the serial port. A third "kernel" that writes
+//! that byte as its first instruction tells what of this is QEMU's own start, before any kernel is entered.
 
 use std::io::Write;
 use std::path::Path;
@@ -7,6 +8,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 use cpio::newc;
+use mandoline_api::agent::SERIAL_MARK;
 
 use super::subject::{Mark, qemu_base};
 
@@ -40,6 +42,46 @@ pub(super) fn make_initrd(root_image: &Path, out: &Path) -> Result<()> {
     init.finish()?;
     newc::trailer(&mut archive)?;
     Ok(())
+}
+
+/// A PVH kernel (Xen's `x86/HVM direct boot ABI`) that writes [`SERIAL_MARK`] to COM1 and halts.
+pub(super) fn make_entry_kernel(out: &Path) -> Result<()> {
+    const LOAD_AT: u32 = 0x10_0000;
+    const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
+    // mov dx, 0x3f8; mov al, SERIAL_MARK; out dx, al; hlt; jmp to the hlt
+    let code = [0x66, 0xba, 0xf8, 0x03, 0xb0, SERIAL_MARK, 0xee, 0xf4, 0xeb, 0xfd];
+    let (headers, note_len) = (64 + 2 * 56_u64, 24_u64);
+    let code_at = headers + note_len;
+
+    let mut elf = Vec::new();
+    elf.extend(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0"); // 64 bit, little endian, version 1
+    elf.extend([2_u16, 62].map(u16::to_le_bytes).concat()); // executable, x86-64
+    elf.extend(1_u32.to_le_bytes());
+    elf.extend([u64::from(LOAD_AT), 64, 0].map(u64::to_le_bytes).concat()); // entry, program headers, no sections
+    elf.extend(0_u32.to_le_bytes());
+    elf.extend([64_u16, 56, 2, 64, 0, 0].map(u16::to_le_bytes).concat());
+    let code_len = code.len() as u64;
+    for (kind, flags, at, address, len, align) in [
+        (1_u32, 5_u32, code_at, LOAD_AT, code_len, 1_u64),
+        (4, 4, headers, 0, note_len, 4),
+    ] {
+        elf.extend([kind, flags].map(u32::to_le_bytes).concat());
+        let address = u64::from(address);
+        elf.extend(
+            [at, address, address, len, len, align]
+                .map(u64::to_le_bytes)
+                .concat(),
+        );
+    }
+    elf.extend(
+        [4_u32, 8, XEN_ELFNOTE_PHYS32_ENTRY]
+            .map(u32::to_le_bytes)
+            .concat(),
+    );
+    elf.extend(b"Xen\0");
+    elf.extend(u64::from(LOAD_AT).to_le_bytes());
+    elf.extend(code);
+    std::fs::write(out, elf).with_context(|| format!("making {}", out.display()))
 }
 
 /// Runs a program to its end; anything but success is an error.

@@ -34,11 +34,12 @@ pub(crate) struct BootArgs {
 type Measure = (&'static str, fn(&Sample) -> f64);
 
 /// The measures, in the order in which they happen.
-const MEASURES: [Measure; 5] = [
+const MEASURES: [Measure; 6] = [
     ("start to first user instruction", |s| s.start_to_mark),
     ("  of which on the guest's clock", |s| s.guest_clock_at_mark),
     ("first user instruction to up", |s| s.mark_to_up),
     ("up to reachable", |s| s.up_to_reachable),
+    ("  of which the join in the guest", |s| s.join_in_guest),
     ("start to reachable", |s| s.start_to_reachable),
 ];
 
@@ -164,7 +165,7 @@ fn report(
         }
     }
     let kernel_name = |kernel: &str| format!("kernel {kernel} under qemu-microvm");
-    for kernel in ["up", "debian-cloud"] {
+    for kernel in [node::ENTRY, "up", "debian-cloud"] {
         let values: Vec<f64> = kernels
             .iter()
             .filter(|k| k.kernel == kernel)
@@ -211,14 +212,19 @@ fn report(
             .row(&kernel_name(kernel), "start to first user instruction")
             .map(|r| r.p50)
     };
-    if let (Some(up), Some(debian)) = (kernel_p50("up"), kernel_p50("debian-cloud")) {
+    if let (Some(entry), Some(up), Some(debian)) = (
+        kernel_p50(node::ENTRY),
+        kernel_p50("up"),
+        kernel_p50("debian-cloud"),
+    ) {
+        let (up, debian) = (up - entry, debian - entry);
         targets.push(Target {
-            measure: "kernel up against Debian's cloud kernel, to /init".into(),
+            measure: "kernel up against Debian's cloud kernel, kernel entry to /init".into(),
             want: "≤ 1/8".into(),
             got: format!("1/{:.1} ({up:.0} ms / {debian:.0} ms)", debian / up),
             met: up * 8.0 <= debian,
             note: format!(
-                "n={} each, both under QEMU microvm with its start-up time in both",
+                "n={} each, under QEMU microvm, whose own start (kernel entry) is taken off both",
                 args.kernel_runs
             ),
         });

@@ -338,10 +338,10 @@ fn receive_stream(broker: &OwnedFd) -> Result<UnixStream> {
         );
     }
     for message in control.drain() {
-        if let RecvAncillaryMessage::ScmRights(mut fds) = message {
-            if let Some(fd) = fds.next() {
-                return Ok(fd.into());
-            }
+        if let RecvAncillaryMessage::ScmRights(mut fds) = message
+            && let Some(fd) = fds.next()
+        {
+            return Ok(fd.into());
         }
     }
     bail!("the monitor's message came without a descriptor")
