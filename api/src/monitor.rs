@@ -48,6 +48,11 @@ pub const FD_PREFIX: &str = "fd:";
 /// Name of the inherited `SOCK_SEQPACKET` socket on which the monitor hands out streams that the guest opens.
 pub const VSOCK_OUT_FD: &str = "vsock-out";
 
+/// Name under which a caller may hand over its own end of [`VSOCK_OUT_FD`] as well: the monitor uses it for nothing
+/// and keeps it open as long as it lives, so that a restarted node manager can fetch it back (`pidfd_getfd`) and the
+/// guest's outward streams survive the restart.
+pub const VSOCK_OUT_KEPT_FD: &str = "vsock-out-peer";
+
 /// The configuration file (`--config-file`), Firecracker's shape.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

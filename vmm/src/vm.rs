@@ -8,7 +8,7 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 
-use mandoline_api::monitor::{ExitReason, Phase, RunState, VmConfig};
+use mandoline_api::monitor::{ExitReason, Phase, RunState, VSOCK_OUT_KEPT_FD, VmConfig};
 use rustix::fs::OFlags;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -173,7 +173,11 @@ fn start(
         },
         boot_timer_from,
     };
-    Ok(monitor::run(machine, parts)?)
+    // For the node manager that comes after this one; see `VSOCK_OUT_KEPT_FD`.
+    let kept = inherited.take(VSOCK_OUT_KEPT_FD);
+    let exit = monitor::run(machine, parts)?;
+    drop(kept);
+    Ok(exit)
 }
 
 fn confine(role: Role) -> Result<(), String> {

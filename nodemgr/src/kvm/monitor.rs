@@ -20,7 +20,7 @@ use tokio::io::unix::AsyncFd;
 use crate::vm_type::{Exit, Failure};
 
 /// Name of the descriptor that a monitor keeps for the node manager.
-pub(super) const KEPT_FD: &str = "vsock-out-peer";
+pub(super) const KEPT_FD: &str = mandoline_api::monitor::VSOCK_OUT_KEPT_FD;
 
 /// What a later node manager has to know of a monitor.
 #[derive(Debug, Clone, Serialize, Deserialize)]
