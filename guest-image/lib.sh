@@ -200,9 +200,18 @@ remove_tree() {
     rm -rf -- "$1" 2>/dev/null || unshare --user --map-auto --map-root-user -- rm -rf -- "$1"
 }
 
+# apt_index: apt's index is there; root fetches it where it is not (container images come without).
+apt_index() {
+    [[ -n $(find /var/lib/apt/lists -maxdepth 1 -name '*_Packages*' -print -quit 2>/dev/null) ]] && return
+    (($(id -u) == 0)) || die "apt has no package index. As root: apt-get update"
+    say "fetching apt's package index"
+    apt-get -qq update >&2 || die "apt-get update failed (above)"
+}
+
 # candidate_version PACKAGE: the version that apt would install; die when there is none.
 candidate_version() {
     local version
+    apt_index
     version=$(LC_ALL=C apt-cache policy "$1" 2>/dev/null | sed -n 's/^  Candidate: //p')
     [[ -n $version && $version != "(none)" ]] ||
         die "apt knows no package $1. As root: apt-get update (Debian 12 with its security archive is expected)"
