@@ -134,8 +134,18 @@ class FirstLight(unittest.TestCase):
         self.assertEqual(self.ssh("cat /proc/sys/kernel/random/boot_id").stdout, before, "the same boot")
         self.assertEqual(self.wait_reachable()["state"], "reachable")
 
-    def test_5_a_deleted_slice_leaves_nothing_on_its_node(self):
-        sliver = self.wait_reachable()
+    def test_5_a_sliver_that_powers_off_is_stopped_and_says_so(self):
+        self.ssh("poweroff")
+        token = self.token(USER, USER_PASSWORD)
+
+        def stopped():
+            slivers = self.authority.rest("GET", f"/v1/slices/{SLICE}/slivers", token=token)[1]
+            return [s for s in slivers if s["state"] == "stopped"]
+
+        self.assertIn("shut down", wait_for("the sliver to stop", stopped, 60, self.lab.process)[0]["reason"])
+
+    def test_6_a_deleted_slice_leaves_nothing_on_its_node(self):
+        sliver = self.authority.rest("GET", f"/v1/slices/{SLICE}/slivers", token=self.token(USER, USER_PASSWORD))[1][0]
         self.plc.DeleteSlice(self.admin, SLICE)
         gone = f"test ! -e /sys/fs/cgroup/mandoline/slivers/{sliver['vm_id']}"
         wait_for("the sliver to go", lambda: self.lab.exec(gone, check=False).returncode == 0, 60, self.lab.process)
