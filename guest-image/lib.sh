@@ -238,3 +238,16 @@ download_deb() {
     fi
     printf '%s\n' "$file"
 }
+
+# debian_sources SUITE: Debian's own archives for it, as this machine's apt is told to reach them: lines of sources.list.
+debian_sources() {
+    local codename=$1 sources
+    # shellcheck disable=SC2016 # apt expands it
+    sources=$(apt-get indextargets --format '$(ORIGIN)|$(CODENAME)|$(REPO_URI)|$(RELEASE)|$(COMPONENT)' 'Created-By: Packages' 2>/dev/null |
+        awk -F'|' -v s="$codename" '$1 == "Debian" && ($2 == s || index($2, s "-") == 1) && $2 !~ /backports/ && $5 == "main" && !seen[$0]++ {
+            # Passwords in addresses are for this machine, not for every sliver.
+            sub(/:\/\/[^\/@]*@/, "://", $3); print "deb " $3 " " $4 " " $5 }')
+    grep -q " $codename main" <<<"$sources" ||
+        die "apt has no index of Debian $codename. As root: apt-get update, with Debian $codename (main) among the sources"
+    printf '%s\n' "$sources"
+}
