@@ -7,6 +7,7 @@
 //! Both hops are checked against host keys that came through the authority: there is no trust on first use,
 //! and sliver addresses, which repeat from node to node, never get into the user's own `known_hosts`.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -82,14 +83,21 @@ pub(crate) fn command(
     command: &[String],
     known_hosts: Option<&Path>,
 ) -> Result<Command> {
-    let known_hosts = known_hosts.map_or_else(|| known_hosts_path(sliver), |path| Ok(path.to_owned()))?;
-    write_private(&known_hosts, known_hosts_text(sliver)?.as_bytes()).about(known_hosts.display())?;
+    let text = known_hosts_text(sliver)?;
+    let known_hosts =
+        known_hosts.map_or_else(|| known_hosts_path(sliver, &text), |path| Ok(path.to_owned()))?;
+    write_private(&known_hosts, text.as_bytes()).about(known_hosts.display())?;
     build(sliver, options, command, &known_hosts)
 }
 
-fn known_hosts_path(sliver: &Sliver) -> Result<PathBuf> {
+/// A file of its own for each set of host keys: authorities may name slices and nodes alike, and a login at one must
+/// not change what another, at the same time, is checked against.
+fn known_hosts_path(sliver: &Sliver, text: &str) -> Result<PathBuf> {
+    let mut keys = DefaultHasher::new();
+    text.hash(&mut keys);
     let plain = |text: &str| text.replace(|c: char| !c.is_ascii_alphanumeric() && !"._-".contains(c), "_");
-    let name = format!("{}@{}", plain(&sliver.slice), plain(&sliver.hostname));
+    let (slice, host, keys) = (plain(&sliver.slice), plain(&sliver.hostname), keys.finish());
+    let name = format!("{slice}@{host}-{keys:016x}");
     Ok(base_dir("XDG_CACHE_HOME", ".cache")?
         .join("mandoline/known_hosts")
         .join(name))
