@@ -24,7 +24,11 @@
 //! write to 0x08 is a reboot, unless the serial port's last lines hold `Kernel panic`: then it is a panic
 //! (`panic=1` on the command line makes a panicking kernel reset itself).
 
+mod config;
+
 use serde::{Deserialize, Serialize};
+
+pub use config::*;
 
 /// Guest-physical address of the boot/exit page: the first page of the MMIO hole.
 pub const EXIT_PAGE: u64 = 0xc000_0000;
@@ -52,152 +56,6 @@ pub const VSOCK_OUT_FD: &str = "vsock-out";
 /// and keeps it open as long as it lives, so that a restarted node manager can fetch it back (`pidfd_getfd`) and the
 /// guest's outward streams survive the restart.
 pub const VSOCK_OUT_KEPT_FD: &str = "vsock-out-peer";
-
-/// The configuration file (`--config-file`), Firecracker's shape.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct VmConfig {
-    /// Kernel and command line.
-    #[serde(rename = "boot-source")]
-    pub boot_source: BootSource,
-    /// CPUs and memory.
-    #[serde(rename = "machine-config", default)]
-    pub machine_config: MachineConfig,
-    /// Block devices: the guest sees them as vda, vdb, ... in this order.
-    #[serde(default)]
-    pub drives: Vec<Drive>,
-    /// Network interfaces: the guest sees them as eth0, eth1, ... in this order.
-    #[serde(rename = "network-interfaces", default)]
-    pub network_interfaces: Vec<NetworkInterface>,
-    /// The stream socket device.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub vsock: Option<Vsock>,
-    /// The entropy device; absent means none.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub entropy: Option<Entropy>,
-}
-
-/// What to boot.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct BootSource {
-    /// Path of an uncompressed ELF `vmlinux` with a PVH entry, or `fd:NAME`.
-    pub kernel_image_path: String,
-    /// Kernel command line; the monitor appends a `virtio_mmio.device=` for each device.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub boot_args: Option<String>,
-    /// Path of an initial RAM disk, or `fd:NAME`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub initrd_path: Option<String>,
-}
-
-/// CPUs and memory.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct MachineConfig {
-    /// Number of vCPUs, 1 to [`MAX_VCPUS`].
-    pub vcpu_count: u8,
-    /// Guest memory in MiB.
-    pub mem_size_mib: u64,
-    /// Simultaneous multithreading shown to the guest: only `false` is supported.
-    #[serde(default)]
-    pub smt: bool,
-    /// Log the pages that the guest dirties: only `false` is supported.
-    #[serde(default)]
-    pub track_dirty_pages: bool,
-}
-
-/// Most vCPUs that one VM may have.
-pub const MAX_VCPUS: u8 = 32;
-/// Least guest memory, in MiB.
-pub const MIN_MEM_MIB: u64 = 16;
-/// Most guest memory, in MiB (1 TiB).
-pub const MAX_MEM_MIB: u64 = 1 << 20;
-
-impl Default for MachineConfig {
-    fn default() -> Self {
-        Self {
-            vcpu_count: 1,
-            mem_size_mib: 128,
-            smt: false,
-            track_dirty_pages: false,
-        }
-    }
-}
-
-/// One block device.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Drive {
-    /// Name of the drive; its first 20 bytes are the serial number that the guest sees.
-    pub drive_id: String,
-    /// Path of a raw file or block device, or `fd:NAME`.
-    pub path_on_host: String,
-    /// Whether the guest's root is here. The monitor adds no `root=` of its own when `boot_args` has one.
-    pub is_root_device: bool,
-    /// Whether the guest may only read.
-    #[serde(default)]
-    pub is_read_only: bool,
-    /// What a guest's flush does: `Writeback` syncs to stable storage, `Unsafe` does nothing.
-    #[serde(default)]
-    pub cache_type: CacheType,
-    /// How requests are executed: only `Sync` is there.
-    #[serde(default)]
-    pub io_engine: IoEngine,
-}
-
-/// What a flush request of the guest does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub enum CacheType {
-    /// Flush requests are not offered to the guest.
-    Unsafe,
-    /// Flush requests sync the file (the default: a sliver's data survives the node).
-    #[default]
-    Writeback,
-}
-
-/// How block requests are executed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub enum IoEngine {
-    /// `preadv`/`pwritev` in the device thread.
-    #[default]
-    Sync,
-}
-
-/// One network interface.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct NetworkInterface {
-    /// Name of the interface.
-    pub iface_id: String,
-    /// Name of a tap that exists, or `fd:NAME` for an open tap descriptor (`IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`).
-    pub host_dev_name: String,
-    /// The guest's MAC address; absent lets the guest choose.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub guest_mac: Option<String>,
-    /// The interface's MTU in bytes as told to the guest, 68 to 65535.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub mtu: Option<u16>,
-}
-
-/// The stream socket device.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Vsock {
-    /// The guest's context id, 3 or more.
-    pub guest_cid: u32,
-    /// Unix socket on which the host connects inwards (`CONNECT port\n`), or `fd:NAME` for a listening one.
-    /// Outward streams go to `<uds_path>_<port>`, or to [`VSOCK_OUT_FD`] when that was inherited.
-    pub uds_path: String,
-    /// Accepted for Firecracker's clients; unused.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub vsock_id: Option<String>,
-}
-
-/// The entropy device.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Entropy {}
 
 /// The message on [`VSOCK_OUT_FD`] that goes with the descriptor of a stream which the guest opened.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -229,6 +87,8 @@ pub enum InstanceState {
     Running,
     /// vCPUs stand still, devices are quiet.
     Paused,
+    /// Paused, and guest memory was given back; an event for the guest wakes it (ours).
+    Parked,
 }
 
 /// `PATCH /vm`.
@@ -246,6 +106,8 @@ pub enum VmPatchState {
     Paused,
     /// Run them again.
     Resumed,
+    /// Stop the vCPUs and give guest memory back until something happens (ours).
+    Parked,
 }
 
 /// `PUT /actions`.
@@ -307,6 +169,10 @@ pub enum RunState {
     Running,
     /// vCPUs stand still by request.
     Paused,
+    /// Idle, with its memory given back; wakes by itself.
+    Parked,
+    /// The guest asked for a reset, and starts again in the same process.
+    Rebooting,
     /// The monitor is about to end.
     Exited,
 }

@@ -46,8 +46,10 @@ pub enum Error {
     Vcpu(#[from] vcpu::Error),
 }
 
+/// Something to be done at the devices, in the event loop: what it says is the answer.
+pub type Work = Box<dyn FnOnce(&[Arc<Slot>]) -> Result<serde_json::Value, String> + Send>;
+
 /// What the control socket asks of the event loop.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Request {
     /// Stand still.
     Pause,
@@ -55,6 +57,8 @@ pub enum Request {
     Resume,
     /// Only look.
     Look,
+    /// Do this at the devices.
+    Work(Work),
 }
 
 /// What the event loop knows, for the control socket.
@@ -64,10 +68,12 @@ pub struct Report {
     pub state: InstanceState,
     /// Bytes of console output that were lost.
     pub console_lost: u64,
+    /// What [`Request::Work`] said; null otherwise.
+    pub said: serde_json::Value,
 }
 
-/// A request and where its answer goes.
-pub type Call = (Request, Sender<Report>);
+/// A request and where its answer, or why it was refused, goes.
+pub type Call = (Request, Sender<Result<Report, String>>);
 
 /// The event loop's end of the control socket.
 pub struct Calls {
@@ -345,15 +351,18 @@ impl ControlEvents {
         let _ = calls.event.read();
         let pending: Vec<Call> = calls.receiver.try_iter().collect();
         for (request, answer) in pending {
+            let mut said = Ok(serde_json::Value::Null);
             match request {
                 Request::Pause => self.pause(),
                 Request::Resume => self.resume(),
                 Request::Look => {}
+                Request::Work(work) => said = work(&self.slots),
             }
-            let report = Report {
+            let report = said.map(|said| Report {
                 state: self.instance,
                 console_lost: self.console.lost(),
-            };
+                said,
+            });
             // The asker may have left.
             let _ = answer.send(report);
         }

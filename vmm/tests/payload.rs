@@ -450,7 +450,7 @@ fn a_paused_guest_stands_still_and_goes_on() {
             let (answer, report) = channel();
             calls.send((request, answer)).unwrap();
             sender.write(1).unwrap();
-            report.recv().unwrap().state
+            report.recv().unwrap().unwrap().state
         };
         let counter = || memory.read_obj::<u32>(GuestAddress(u64::from(COUNTER))).unwrap();
         while counter() == 0 {

@@ -4,9 +4,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 
-use mandoline_api::monitor::{
-    BootSource, CacheType, Drive, Entropy, IoEngine, MachineConfig, NetworkInterface, VmConfig, Vsock,
-};
+use mandoline_api::monitor::{BootSource, Drive, Entropy, MachineConfig, NetworkInterface, VmConfig, Vsock};
 use mandoline_rspec::Rspec;
 use rustix::fs::{MemfdFlags, SealFlags};
 
@@ -23,8 +21,7 @@ pub(super) fn config(kvm: &KvmConfig, rspec: &Rspec, net: &SliverNet) -> VmConfi
         path_on_host: format!("fd:{id}"),
         is_root_device: is_root,
         is_read_only: is_root,
-        cache_type: CacheType::Writeback,
-        io_engine: IoEngine::Sync,
+        ..Drive::default()
     };
     let [a, b, c, d, e, f] = net.mac;
     VmConfig {
@@ -43,14 +40,15 @@ pub(super) fn config(kvm: &KvmConfig, rspec: &Rspec, net: &SliverNet) -> VmConfi
             iface_id: "eth0".to_owned(),
             host_dev_name: "fd:tap0".to_owned(),
             guest_mac: Some(format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}")),
-            mtu: None,
+            ..NetworkInterface::default()
         }],
         vsock: Some(Vsock {
             guest_cid: GUEST_CID,
             uds_path: "fd:vsock".to_owned(),
             vsock_id: None,
         }),
-        entropy: Some(Entropy {}),
+        entropy: Some(Entropy::default()),
+        ..VmConfig::default()
     }
 }
 

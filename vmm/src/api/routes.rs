@@ -109,7 +109,8 @@ fn ask(context: &Context, request: monitor::Request) -> Result<Report, Response>
     let (sender, receiver) = channel();
     context.calls.send((request, sender)).map_err(|_| gone())?;
     context.event.write(1).map_err(|_| gone())?;
-    receiver.recv().map_err(|_| gone())
+    let answer = receiver.recv().map_err(|_| gone())?;
+    answer.map_err(|refusal| fault(400, refusal))
 }
 
 fn info(context: &Context) -> Result<Response, Response> {
@@ -126,6 +127,9 @@ fn patch_vm(request: &Request, context: &Context) -> Result<Response, Response> 
     let wanted = match parse::<VmPatch>(request)?.state {
         VmPatchState::Paused => monitor::Request::Pause,
         VmPatchState::Resumed => monitor::Request::Resume,
+        VmPatchState::Parked => {
+            return Err(fault(400, "state is Parked: this VM has no park file".to_owned()));
+        }
     };
     ask(context, wanted)?;
     done()
@@ -176,12 +180,13 @@ mod tests {
                 match request {
                     monitor::Request::Pause => state = InstanceState::Paused,
                     monitor::Request::Resume => state = InstanceState::Running,
-                    monitor::Request::Look => {}
+                    monitor::Request::Look | monitor::Request::Work(_) => {}
                 }
-                let _ = answer.send(Report {
+                let _ = answer.send(Ok(Report {
                     state,
                     console_lost: 0,
-                });
+                    said: serde_json::Value::Null,
+                }));
             }
         });
         Context {

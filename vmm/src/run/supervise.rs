@@ -186,8 +186,7 @@ fn configuration(
                 path_on_host: handed.file(id, path, !read_only)?,
                 is_root_device: id == "root",
                 is_read_only: read_only,
-                cache_type: Default::default(),
-                io_engine: Default::default(),
+                ..Drive::default()
             });
         }
     }
@@ -197,7 +196,7 @@ fn configuration(
             iface_id: "eth0".to_owned(),
             host_dev_name: handed.give("tap0", tap)?,
             guest_mac: args.mac(),
-            mtu: None,
+            ..NetworkInterface::default()
         });
     }
     let listener = socket.listener.try_clone().map_err(host("vsock"))?;
@@ -225,7 +224,8 @@ fn configuration(
             uds_path: handed.give("vsock", listener)?,
             vsock_id: None,
         }),
-        entropy: Some(Entropy {}),
+        entropy: Some(Entropy::default()),
+        ..VmConfig::default()
     })
 }
 

@@ -4,6 +4,8 @@
 //! file and guest memory. Raw only: a format that is guessed from what a guest wrote would let it read the
 //! node's files.
 
+mod metrics;
+mod persist;
 mod request;
 
 use std::fs::File;
@@ -14,8 +16,10 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_WRITE_ZEROES,
 };
 
+use crate::devices::blk::metrics::Metrics;
 use crate::devices::blk::request::Engine;
 use crate::devices::virtio::chain::Chain;
+use crate::devices::virtio::persist::{Progress, RestoreError, Saved};
 use crate::devices::virtio::queue::WorkQueue;
 use crate::devices::virtio::{Activation, COMMON_FEATURES, Device, DeviceError, DeviceType, Event};
 
@@ -96,12 +100,19 @@ impl Blk {
                 id,
                 features,
                 read_only: options.read_only,
+                metrics: Metrics::default(),
             },
             features,
             config: config(sectors),
             queue: None,
             chain: Chain::default(),
         })
+    }
+
+    /// Changes the size that the guest sees.
+    fn set_sectors(&mut self, sectors: u64) {
+        self.engine.sectors = sectors;
+        self.config = config(sectors);
     }
 
     fn work(&mut self) -> Result<(), DeviceError> {
@@ -161,6 +172,22 @@ impl Device for Blk {
             Event::Kick(0) => self.work(),
             _ => Ok(()),
         }
+    }
+
+    fn progress(&self) -> Vec<Option<Progress>> {
+        self.queue.iter().map(|queue| Some(queue.progress())).collect()
+    }
+
+    fn save(&self) -> Saved {
+        persist::save(self)
+    }
+
+    fn restore(&mut self, saved: &Saved) -> Result<(), RestoreError> {
+        persist::restore(self, saved)
+    }
+
+    fn metrics(&self) -> serde_json::Value {
+        serde_json::to_value(self.engine.metrics).unwrap_or_default()
     }
 }
 

@@ -14,6 +14,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 
+use crate::devices::blk::metrics::Metrics;
 use crate::devices::blk::{ID_BYTES, MAX_RANGE_SECTORS, MAX_RANGES, SECTOR};
 use crate::devices::virtio::chain::{Buffers, Chain, ChainError};
 
@@ -36,6 +37,7 @@ pub(super) struct Engine {
     pub(super) id: [u8; ID_BYTES],
     pub(super) features: u64,
     pub(super) read_only: bool,
+    pub(super) metrics: Metrics,
 }
 
 impl Engine {
@@ -44,7 +46,7 @@ impl Engine {
     }
 
     /// Executes one request; returns the bytes written to the chain, with the status.
-    pub(super) fn execute(&self, chain: &mut Chain) -> Result<u32, ChainError> {
+    pub(super) fn execute(&mut self, chain: &mut Chain) -> Result<u32, ChainError> {
         let mut header = [0u8; HEADER_BYTES];
         let readable = chain.readable.bytes();
         if !chain.readable.take_front(&mut header) {
@@ -58,6 +60,7 @@ impl Engine {
             return Err(chain.wrong_length("status", 0, 1, 1));
         };
 
+        let wanted = chain.readable.bytes() + chain.writable.bytes();
         let (status, written) = match kind {
             VIRTIO_BLK_T_IN => {
                 self.nothing_to_read(chain)?;
@@ -96,9 +99,28 @@ impl Engine {
             Status::Error => VIRTIO_BLK_S_IOERR,
             Status::Unsupported => VIRTIO_BLK_S_UNSUPP,
         } as u8);
+        self.count(kind, status, wanted);
         let written = if status == Status::Ok { written } else { 0 };
         // A chain is under 4 GiB in all, so data and status fit.
         Ok(u32::try_from(written).unwrap_or(u32::MAX - 1) + 1)
+    }
+
+    fn count(&mut self, kind: u32, status: Status, bytes: u64) {
+        let metrics = &mut self.metrics;
+        match (status, kind) {
+            (Status::Error | Status::Unsupported, _) => metrics.execute_fails += 1,
+            (Status::Ok, VIRTIO_BLK_T_IN) => {
+                metrics.read_count += 1;
+                metrics.read_bytes += bytes;
+            }
+            (Status::Ok, VIRTIO_BLK_T_OUT) => {
+                metrics.write_count += 1;
+                metrics.write_bytes += bytes;
+            }
+            (Status::Ok, VIRTIO_BLK_T_FLUSH) => metrics.flush_count += 1,
+            (Status::Ok, VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES) => metrics.discard_count += 1,
+            (Status::Ok, _) => {}
+        }
     }
 
     fn nothing_to_read(&self, chain: &Chain) -> Result<(), ChainError> {

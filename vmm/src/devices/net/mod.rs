@@ -9,6 +9,8 @@
 //! Checksums and segmentation are left to whoever can do them best: the guest sends 64 KiB frames with
 //! unfinished checksums, and gets such frames, wherever it agreed to (`VIRTIO_NET_F_*_TSO*`, `*_CSUM`).
 
+pub mod metrics;
+mod persist;
 pub mod tap;
 
 use std::fs::File;
@@ -22,8 +24,10 @@ use virtio_bindings::virtio_net::{
 };
 use vmm_sys_util::epoll::EventSet;
 
+use crate::devices::net::metrics::Metrics;
 use crate::devices::net::tap::HEADER_BYTES;
 use crate::devices::virtio::chain::Chain;
+use crate::devices::virtio::persist::{Progress, RestoreError, Saved};
 use crate::devices::virtio::queue::WorkQueue;
 use crate::devices::virtio::{Activation, COMMON_FEATURES, Device, DeviceError, DeviceType, Event, Source};
 
@@ -60,20 +64,7 @@ pub struct Net {
     chain: Chain,
     /// Chains that take one merged frame: (head, bytes).
     taken: Vec<(u16, u32)>,
-    counters: Counters,
-}
-
-/// What went wrong without breaking anything.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub struct Counters {
-    /// Frames to the guest.
-    pub rx_frames: u64,
-    /// Frames from the guest.
-    pub tx_frames: u64,
-    /// Frames from the guest that the tap refused (a bad offload request, an interface that is down).
-    pub tx_dropped: u64,
-    /// Frames that were too long for the guest's buffers.
-    pub rx_dropped: u64,
+    metrics: Metrics,
 }
 
 struct Active {
@@ -113,13 +104,8 @@ impl Net {
             waiting: 0,
             chain: Chain::default(),
             taken: Vec::with_capacity(usize::from(QUEUE_SIZE)),
-            counters: Counters::default(),
+            metrics: Metrics::default(),
         }
-    }
-
-    /// What went by.
-    pub fn counters(&self) -> Counters {
-        self.counters
     }
 
     /// Tap to guest.
@@ -149,8 +135,8 @@ impl Net {
                 &mut self.taken,
                 &mut self.frame[..self.waiting],
             )? {
-                Delivery::Done => self.counters.rx_frames += 1,
-                Delivery::TooLong => self.counters.rx_dropped += 1,
+                Delivery::Done => self.metrics.rx_frames += 1,
+                Delivery::TooLong => self.metrics.rx_dropped += 1,
                 Delivery::NoBuffers => break,
             }
             self.waiting = 0;
@@ -177,13 +163,13 @@ impl Net {
                 return Err(tx.refuse(chain.wrong_length("frame", bytes, least, most)));
             }
             match write_frame(&self.tap, chain) {
-                Ok(()) => self.counters.tx_frames += 1,
+                Ok(()) => self.metrics.tx_frames += 1,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     tx.unpop(chain);
                     full = true;
                     break;
                 }
-                Err(_) => self.counters.tx_dropped += 1,
+                Err(_) => self.metrics.tx_dropped += 1,
             }
             tx.used(chain.head, 0)?;
         }
@@ -334,6 +320,25 @@ impl Device for Net {
                 self.receive()
             }
         }
+    }
+
+    fn progress(&self) -> Vec<Option<Progress>> {
+        match &self.active {
+            Some(active) => vec![Some(active.rx.progress()), Some(active.tx.progress())],
+            None => Vec::new(),
+        }
+    }
+
+    fn save(&self) -> Saved {
+        persist::save(self)
+    }
+
+    fn restore(&mut self, saved: &Saved) -> Result<(), RestoreError> {
+        persist::restore(self, saved)
+    }
+
+    fn metrics(&self) -> serde_json::Value {
+        serde_json::to_value(self.metrics).unwrap_or_default()
     }
 }
 

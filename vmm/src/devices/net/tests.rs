@@ -77,7 +77,7 @@ fn frames_go_out_however_they_are_cut() {
     let length = bench.wire.read(&mut got).unwrap();
     assert_eq!(got[..length], frame);
     assert_eq!(bench.tx.used(), Some((0, 0)));
-    assert_eq!(bench.net.counters().tx_frames, 1);
+    assert_eq!(bench.net.metrics.tx_frames, 1);
 }
 
 #[test]
@@ -145,7 +145,7 @@ fn a_frame_too_long_for_a_guest_that_does_not_merge_is_dropped() {
     bench.wire.write_all(&frame(800)).unwrap();
     bench.net.handle(Event::Host(0, EventSet::IN)).unwrap();
     assert_eq!(bench.rx.used(), Some((0, 0)));
-    assert_eq!(bench.net.counters().rx_dropped, 1);
+    assert_eq!(bench.net.metrics.rx_dropped, 1);
 }
 
 #[test]
@@ -158,7 +158,7 @@ fn a_full_tap_makes_the_guest_wait() {
         offered += 1;
     }
     bench.net.handle(Event::Kick(TX)).unwrap();
-    let sent = bench.net.counters().tx_frames;
+    let sent = bench.net.metrics.tx_frames;
     assert!(sent < offered, "the socket took all {sent}");
     let mut got = vec![0; 70_000];
     let mut received = 0;
@@ -169,10 +169,10 @@ fn a_full_tap_makes_the_guest_wait() {
         bench.net.handle(Event::Host(0, EventSet::OUT)).unwrap();
     }
     assert_eq!(
-        bench.net.counters(),
-        Counters {
+        bench.net.metrics,
+        Metrics {
             tx_frames: offered,
-            ..Counters::default()
+            ..Metrics::default()
         }
     );
 }

@@ -16,6 +16,8 @@ pub const CONFIG_CHANGED: u32 = 2;
 pub struct Interrupt {
     status: AtomicU32,
     needs_reset: AtomicBool,
+    /// Counts changes of the configuration space (`ConfigGeneration`).
+    generation: AtomicU32,
     line: EventFd,
 }
 
@@ -25,6 +27,7 @@ impl Interrupt {
         Self {
             status: AtomicU32::new(0),
             needs_reset: AtomicBool::new(false),
+            generation: AtomicU32::new(0),
             line,
         }
     }
@@ -42,6 +45,33 @@ impl Interrupt {
     /// Tells the driver that buffers were used.
     pub fn used(&self) {
         self.raise(USED_BUFFERS);
+    }
+
+    /// Tells the driver that the configuration space has changed.
+    pub fn config_changed(&self) {
+        self.generation.fetch_add(1, Ordering::AcqRel);
+        self.raise(CONFIG_CHANGED);
+    }
+
+    /// How often the configuration space has changed.
+    pub fn generation(&self) -> u32 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    /// The line itself, for one who interrupts without asking (vhost).
+    pub fn line(&self) -> &EventFd {
+        &self.line
+    }
+
+    /// Puts back what was saved; what was raised is raised again, since a line that was not heard would be lost.
+    pub fn restore(&self, status: u32, needs_reset: bool, generation: u32) {
+        self.status
+            .store(status & (USED_BUFFERS | CONFIG_CHANGED), Ordering::Release);
+        self.needs_reset.store(needs_reset, Ordering::Release);
+        self.generation.store(generation, Ordering::Release);
+        if status != 0 {
+            let _ = self.line.write(1);
+        }
     }
 
     /// Shows `DEVICE_NEEDS_RESET` and tells the driver to look (virtio 1.2, 2.1.2).

@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 
+use crate::devices::virtio::persist::{Progress, RestoreError, SavedDevice, SavedQueue, SavedTransport};
 use crate::devices::virtio::queue::WorkQueue;
 use crate::devices::virtio::{Activation, FEATURE_EVENT_INDEX, FEATURE_VERSION_1, Slot};
 use crate::memory::Memory;
@@ -60,16 +61,6 @@ pub mod register {
     pub const CONFIG: u64 = 0x100;
 }
 
-/// A queue as its registers have it.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct QueueRegisters {
-    size: u32,
-    descriptors: u64,
-    driver: u64,
-    device: u64,
-    ready: bool,
-}
-
 #[derive(Debug)]
 struct Registers {
     status: u32,
@@ -77,7 +68,7 @@ struct Registers {
     driver_features_select: u32,
     driver_features: u64,
     queue_select: u32,
-    queues: Vec<QueueRegisters>,
+    queues: Vec<SavedQueue>,
 }
 
 impl Registers {
@@ -88,7 +79,7 @@ impl Registers {
             driver_features_select: 0,
             driver_features: 0,
             queue_select: 0,
-            queues: vec![QueueRegisters::default(); queues],
+            queues: vec![SavedQueue::default(); queues],
         }
     }
 }
@@ -130,10 +121,9 @@ impl Transport {
 
     /// A store of the driver's.
     pub fn write(&self, offset: u64, data: &[u8]) {
-        // No device of ours has a configuration that a driver may write.
-        if offset < register::CONFIG
-            && let Ok(bytes) = <[u8; 4]>::try_from(data)
-        {
+        if offset >= register::CONFIG {
+            self.slot.device().write_config(offset - register::CONFIG, data);
+        } else if let Ok(bytes) = <[u8; 4]>::try_from(data) {
             self.write_register(offset, u32::from_le_bytes(bytes));
         }
     }
@@ -158,8 +148,7 @@ impl Transport {
             register::VERSION => return VERSION,
             register::DEVICE => return self.slot.kind as u32,
             register::VENDOR => return VENDOR,
-            // Configurations never change while a driver looks.
-            register::CONFIG_GENERATION => return 0,
+            register::CONFIG_GENERATION => return self.slot.interrupt.generation(),
             _ => {}
         }
         let registers = self.registers();
@@ -266,7 +255,7 @@ impl Transport {
         }
         registers.status = value;
         if value & DRIVER_OK != 0 {
-            self.activate(registers);
+            self.activate(registers, &[]);
         }
     }
 
@@ -275,7 +264,8 @@ impl Transport {
         features & !self.slot.features == 0 && features & FEATURE_VERSION_1 != 0
     }
 
-    fn activate(&self, registers: &Registers) {
+    /// `progress`: where the queues stood when the device was saved; empty for a driver's own start.
+    fn activate(&self, registers: &Registers, progress: &[Option<Progress>]) {
         let event_index = registers.driver_features & FEATURE_EVENT_INDEX != 0;
         let mut queues = Vec::with_capacity(registers.queues.len());
         for (index, (queue, max)) in registers.queues.iter().zip(self.slot.queue_sizes).enumerate() {
@@ -284,13 +274,19 @@ impl Transport {
                 continue;
             }
             match build(queue, *max, event_index, &self.memory) {
-                Ok(queue) => queues.push(Some(WorkQueue::new(
-                    index,
-                    queue,
-                    self.memory.clone(),
-                    self.slot.interrupt.clone(),
-                    self.slot.kicks[index].clone(),
-                ))),
+                Ok(queue) => {
+                    let mut queue = WorkQueue::new(
+                        index,
+                        queue,
+                        self.memory.clone(),
+                        self.slot.interrupt.clone(),
+                        self.slot.kicks[index].clone(),
+                    );
+                    if let Some(Some(progress)) = progress.get(index) {
+                        queue.advance_to(progress);
+                    }
+                    queues.push(Some(queue));
+                }
                 Err(error) => {
                     self.slot.interrupt.needs_reset();
                     self.slot.complain(&format!("queue {index}: {error}"));
@@ -303,7 +299,98 @@ impl Transport {
             queues,
             features: registers.driver_features,
             interrupt: self.slot.interrupt.clone(),
+            kicks: self.slot.kicks.clone(),
         });
+    }
+
+    /// The device as it stands; it must be paused.
+    pub fn save(&self) -> SavedDevice {
+        let registers = self.registers();
+        let device = self.slot.device();
+        let interrupt = &self.slot.interrupt;
+        SavedDevice {
+            name: self.slot.name.clone(),
+            kind: self.slot.kind as u32,
+            transport: SavedTransport {
+                status: registers.status,
+                device_features_select: registers.device_features_select,
+                driver_features_select: registers.driver_features_select,
+                driver_features: registers.driver_features,
+                queue_select: registers.queue_select,
+                interrupt_status: interrupt.status(),
+                needs_reset: interrupt.is_broken(),
+                config_generation: interrupt.generation(),
+                queues: registers.queues.clone(),
+            },
+            queues: device.progress(),
+            model: device.save(),
+        }
+    }
+
+    /// Puts a saved device in place of this one, which no driver has touched. Nothing in `saved` is trusted.
+    pub fn restore(&self, saved: &SavedDevice) -> Result<(), RestoreError> {
+        let refused = |name, value: String, allowed: String| RestoreError::Value {
+            device: "transport",
+            name,
+            value,
+            allowed,
+        };
+        let from = &saved.transport;
+        if (saved.kind, &saved.name) != (self.slot.kind as u32, &self.slot.name) {
+            let is = format!("{} (type {})", saved.name, saved.kind);
+            let allowed = format!("{} (type {})", self.slot.name, self.slot.kind as u32);
+            return Err(refused("device", is, allowed));
+        }
+        let steps = [0, ACKNOWLEDGE, 3, 11, 15];
+        if !steps.contains(&(from.status & !FAILED)) {
+            return Err(refused("status", from.status.to_string(), format!("{steps:?}")));
+        }
+        let negotiated = from.status & FEATURES_OK != 0;
+        if negotiated && !self.accepts(from.driver_features) {
+            let (is, offered) = (from.driver_features, self.slot.features);
+            return Err(refused(
+                "features",
+                format!("{is:#x}"),
+                format!("of {offered:#x}"),
+            ));
+        }
+        if from.queues.len() != self.slot.queue_sizes.len() {
+            let allowed = self.slot.queue_sizes.len().to_string();
+            return Err(refused(
+                "number of queues",
+                from.queues.len().to_string(),
+                allowed,
+            ));
+        }
+        for (progress, queue) in saved.queues.iter().zip(&from.queues) {
+            let heads = progress.iter().flat_map(|progress| &progress.held);
+            if let Some(head) = heads.into_iter().find(|head| u32::from(**head) >= queue.size) {
+                return Err(refused("head", head.to_string(), format!("below {}", queue.size)));
+            }
+        }
+        let mut registers = self.registers();
+        *registers = Registers {
+            status: from.status,
+            device_features_select: from.device_features_select,
+            driver_features_select: from.driver_features_select,
+            driver_features: from.driver_features,
+            queue_select: from.queue_select,
+            queues: from.queues.clone(),
+        };
+        self.slot.device().restore(&saved.model)?;
+        let interrupt = &self.slot.interrupt;
+        interrupt.restore(from.interrupt_status, from.needs_reset, from.config_generation);
+        if from.status & DRIVER_OK != 0 && !from.needs_reset {
+            self.activate(&registers, &saved.queues);
+        }
+        Ok(())
+    }
+
+    /// Back to power-on: the machine is reset.
+    pub fn power_on(&self) {
+        let mut registers = self.registers();
+        self.slot.reset();
+        *registers = Registers::new(self.slot.queue_sizes.len());
     }
 }
 
@@ -322,12 +409,7 @@ enum QueueError {
     },
 }
 
-fn build(
-    registers: &QueueRegisters,
-    max: u16,
-    event_index: bool,
-    memory: &Memory,
-) -> Result<Queue, QueueError> {
+fn build(registers: &SavedQueue, max: u16, event_index: bool, memory: &Memory) -> Result<Queue, QueueError> {
     let size_error = || QueueError::Size {
         size: registers.size,
         max,
@@ -348,7 +430,7 @@ fn build(
     queue.set_ready(true);
     // Address 0 is RAM, but to virtio-queue it means "not set".
     if registers.driver == 0 || !queue.is_valid(memory) {
-        let QueueRegisters {
+        let SavedQueue {
             descriptors,
             driver,
             device,

@@ -4,6 +4,7 @@ use proptest::prelude::*;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
+use crate::devices::virtio::persist::Saved;
 use crate::devices::virtio::{COMMON_FEATURES, Device, DeviceError, DeviceType, Event};
 
 /// A device that only counts.
@@ -17,6 +18,7 @@ struct Counts {
     activations: u32,
     resets: u32,
     sizes: Vec<Option<usize>>,
+    progress: Vec<Option<Progress>>,
     features: u64,
 }
 
@@ -37,6 +39,11 @@ impl Device for Probe {
         let mut counts = self.counts.lock().unwrap();
         counts.activations += 1;
         counts.features = activation.features;
+        counts.progress = activation
+            .queues
+            .iter()
+            .map(|queue| queue.as_ref().map(WorkQueue::progress))
+            .collect();
         counts.sizes = activation
             .queues
             .iter()
@@ -49,6 +56,24 @@ impl Device for Probe {
     }
     fn handle(&mut self, _: Event) -> Result<(), DeviceError> {
         Ok(())
+    }
+    fn progress(&self) -> Vec<Option<Progress>> {
+        let queue = |next_available| Progress {
+            next_available,
+            next_used: 3,
+            held: vec![1],
+        };
+        vec![Some(queue(5)), None]
+    }
+    fn save(&self) -> Saved {
+        Saved::new(1, &7)
+    }
+    fn restore(&mut self, saved: &Saved) -> Result<(), RestoreError> {
+        assert_eq!(saved.read::<u32>("probe", 1)?, 7);
+        Ok(())
+    }
+    fn metrics(&self) -> serde_json::Value {
+        serde_json::Value::Null
     }
 }
 
@@ -134,7 +159,7 @@ fn nothing_changes_after_activation() {
     write(&transport, register::DRIVER_FEATURES, 1);
     write(&transport, register::STATUS, 15);
     let registers = transport.registers();
-    assert_eq!(registers.queues[1], QueueRegisters::default());
+    assert_eq!(registers.queues[1], SavedQueue::default());
     assert_eq!(registers.driver_features, FEATURE_VERSION_1);
     assert_eq!(counts.lock().unwrap().activations, 1);
 }
@@ -178,6 +203,64 @@ fn configuration_reads_end_at_its_end() {
     assert_eq!(bytes, [2, 3, 0, 0, 0, 0, 0, 0]);
     transport.read(0xfff, &mut bytes);
     assert_eq!(bytes, [0; 8]);
+}
+
+#[test]
+fn a_saved_device_goes_on_where_it_stood() {
+    let (before, _) = transport();
+    negotiate(&before, FEATURE_VERSION_1 | 1);
+    queue(&before, 0, 8, 0x10_0000);
+    write(&before, register::STATUS, 15);
+    before.slot.interrupt.config_changed();
+    let saved = before.save();
+    let text = serde_json::to_string(&saved).unwrap();
+    let saved: SavedDevice = serde_json::from_str(&text).unwrap();
+
+    let (after, counts) = transport();
+    after.restore(&saved).unwrap();
+    assert_eq!(read(&after, register::STATUS), 15);
+    assert_eq!(read(&after, register::INTERRUPT_STATUS), 2);
+    assert_eq!(read(&after, register::CONFIG_GENERATION), 1);
+    let counts = counts.lock().unwrap();
+    assert_eq!((counts.activations, counts.features), (1, FEATURE_VERSION_1 | 1));
+    assert_eq!(counts.sizes, [Some(8), None]);
+    assert_eq!(
+        counts.progress,
+        [before.slot.device().progress()[0].clone(), None]
+    );
+}
+
+#[test]
+fn what_no_device_could_have_saved_is_refused() {
+    let (before, _) = transport();
+    negotiate(&before, FEATURE_VERSION_1);
+    queue(&before, 0, 8, 0x10_0000);
+    write(&before, register::STATUS, 15);
+    let good = before.save();
+    let spoil: [fn(&mut SavedDevice); 7] = [
+        |saved| saved.name = "other".into(),
+        |saved| saved.kind = 1,
+        |saved| saved.transport.status = 4,
+        |saved| saved.transport.driver_features |= 1 << 50,
+        |saved| saved.transport.queues.clear(),
+        |saved| saved.queues[0].as_mut().unwrap().held = vec![8],
+        |saved| saved.model.version = 9,
+    ];
+    for spoil in spoil {
+        let mut saved = good.clone();
+        spoil(&mut saved);
+        let (after, counts) = transport();
+        let error = after.restore(&saved).unwrap_err().to_string();
+        assert!(!error.is_empty());
+        assert_eq!(counts.lock().unwrap().activations, 0, "{error}");
+    }
+    // Rings outside memory: the device comes back broken, and its driver can reset it.
+    let mut saved = good;
+    saved.transport.queues[0].driver = 1 << 40;
+    let (after, counts) = transport();
+    after.restore(&saved).unwrap();
+    assert_eq!(read(&after, register::STATUS), 15 | NEEDS_RESET);
+    assert_eq!(counts.lock().unwrap().activations, 0);
 }
 
 proptest! {

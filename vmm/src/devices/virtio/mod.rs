@@ -15,10 +15,12 @@
 pub mod chain;
 pub mod interrupt;
 pub mod mmio;
+pub mod persist;
 pub mod queue;
 #[cfg(test)]
 pub(crate) mod testing;
 
+use std::any::Any;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -28,6 +30,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::devices::virtio::interrupt::Interrupt;
+use crate::devices::virtio::persist::{Progress, RestoreError, Saved};
 use crate::devices::virtio::queue::WorkQueue;
 use crate::log::RateLimit;
 use crate::memory::Memory;
@@ -53,8 +56,12 @@ pub enum DeviceType {
     Block = 2,
     /// Entropy.
     Rng = 4,
+    /// Memory balloon.
+    Balloon = 5,
     /// Stream sockets.
     Vsock = 19,
+    /// Persistent memory.
+    Pmem = 27,
 }
 
 /// What a driver did that none may do, or the host refused: the device stops until it is reset.
@@ -96,6 +103,8 @@ pub struct Activation {
     pub features: u64,
     /// How to interrupt the driver.
     pub interrupt: Arc<Interrupt>,
+    /// The queues' kicks, for a device whose queues somebody else serves (vhost).
+    pub kicks: Vec<Arc<EventFd>>,
 }
 
 /// Something for a device to attend to.
@@ -121,8 +130,9 @@ pub struct Source {
 /// Tokens from here on are kicks.
 pub const KICK_TOKENS: u32 = 1 << 16;
 
-/// A device model.
-pub trait Device: Send {
+/// A device model. `Any`, so that a request of the control socket reaches the model that it is for
+/// ([`Slot::with`]).
+pub trait Device: Any + Send {
     /// Its type.
     fn kind(&self) -> DeviceType;
     /// The largest size of each queue; powers of two.
@@ -131,6 +141,13 @@ pub trait Device: Send {
     fn features(&self) -> u64;
     /// Its configuration space.
     fn config(&self) -> &[u8];
+    /// The driver writes `data` at `offset` of the configuration space, in its own thread. Most devices have nothing there
+    /// that a driver may write.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+    /// Whether the kernel takes this device's kicks (vhost): then the event loop leaves them alone. Fixed for life.
+    fn kicks_taken(&self) -> bool {
+        false
+    }
     /// The driver is ready.
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError>;
     /// Back to the state before [`Device::activate`]; nothing of the driver's may be used afterwards.
@@ -141,6 +158,23 @@ pub trait Device: Send {
     }
     /// Attends to an event; called before activation too (for host descriptors).
     fn handle(&mut self, event: Event) -> Result<(), DeviceError>;
+    /// Ends what is under way: when it returns, the device touches guest memory no more and holds no chain that
+    /// [`Device::progress`] does not name.
+    fn pause(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+    /// Goes on after [`Device::pause`]. All kicks and sources are attended to afterwards in any case.
+    fn resume(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+    /// Where the (paused) device stands in each of its queues; empty if it is not active.
+    fn progress(&self) -> Vec<Option<Progress>>;
+    /// What the (paused) device keeps beside its queues, to be saved.
+    fn save(&self) -> Saved;
+    /// Takes back what [`Device::save`] gave, before it is activated with its queues as they were.
+    fn restore(&mut self, saved: &Saved) -> Result<(), RestoreError>;
+    /// What it counted, by names that stay.
+    fn metrics(&self) -> serde_json::Value;
 }
 
 /// A device in its place: what transport and event loop share of it.
@@ -179,6 +213,23 @@ impl Slot {
             paused: AtomicBool::new(false),
             complaints: RateLimit::new(10, std::time::Duration::from_secs(10)),
         }))
+    }
+
+    /// Lets `work` at the model, if it is a `T`. In the event loop only, as everything that a device does.
+    pub fn with<T: Device, R>(&self, work: impl FnOnce(&mut T) -> R) -> Option<R> {
+        let mut device = self.device();
+        let model: &mut dyn Any = &mut **device;
+        model.downcast_mut::<T>().map(work)
+    }
+
+    /// What the device counted.
+    pub fn metrics(&self) -> serde_json::Value {
+        self.device().metrics()
+    }
+
+    /// Its type.
+    pub fn kind(&self) -> DeviceType {
+        self.kind
     }
 
     fn device(&self) -> MutexGuard<'_, Box<dyn Device>> {
@@ -226,18 +277,29 @@ impl Slot {
     /// Quiets the device; when this returns it touches guest memory no more.
     pub fn pause(&self) {
         self.paused.store(true, Ordering::Release);
-        drop(self.device());
+        let mut device = self.device();
+        if let Err(error) = device.pause() {
+            self.break_device(&mut **device, &error);
+        }
     }
 
     /// Goes on, and attends to all that came meanwhile.
     pub fn resume(&self) {
+        let sources = {
+            let mut device = self.device();
+            if let Err(error) = device.resume() {
+                self.break_device(&mut **device, &error);
+            }
+            device.sources()
+        };
         self.paused.store(false, Ordering::Release);
-        let sources = self.device().sources();
         for source in sources {
             self.attend(Event::Host(source.token, source.events));
         }
-        for queue in 0..self.kicks.len() {
-            self.attend(Event::Kick(queue));
+        if !self.device().kicks_taken() {
+            for queue in 0..self.kicks.len() {
+                self.attend(Event::Kick(queue));
+            }
         }
     }
 }
@@ -247,7 +309,8 @@ pub struct Subscription(pub Arc<Slot>);
 
 impl MutEventSubscriber for Subscription {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        for (queue, kick) in self.0.kicks.iter().enumerate() {
+        let taken = self.0.device().kicks_taken();
+        for (queue, kick) in self.0.kicks.iter().enumerate().filter(|_| !taken) {
             let events = Events::with_data(kick.as_ref(), KICK_TOKENS + queue as u32, EventSet::IN);
             if let Err(error) = ops.add(events) {
                 tracing::error!(device = self.0.name, %error, "kick cannot be watched");

@@ -9,6 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::devices::virtio::DeviceError;
 use crate::devices::virtio::chain::{Chain, ChainError};
 use crate::devices::virtio::interrupt::Interrupt;
+use crate::devices::virtio::persist::Progress;
 use crate::memory::Memory;
 
 /// A queue that its device works on.
@@ -43,6 +44,27 @@ impl WorkQueue {
             kick,
             unannounced: false,
             in_flight,
+        }
+    }
+
+    /// The heads that are out, and how far both rings are.
+    pub fn progress(&self) -> Progress {
+        let held = (0u16..).zip(&self.in_flight).filter(|(_, out)| **out);
+        Progress {
+            next_available: self.queue.next_avail(),
+            next_used: self.queue.next_used(),
+            held: held.map(|(head, _)| head).collect(),
+        }
+    }
+
+    /// Goes on where a saved queue stood.
+    pub fn advance_to(&mut self, progress: &Progress) {
+        self.queue.set_next_avail(progress.next_available);
+        self.queue.set_next_used(progress.next_used);
+        for head in &progress.held {
+            if let Some(out) = self.in_flight.get_mut(usize::from(*head)) {
+                *out = true;
+            }
         }
     }
 

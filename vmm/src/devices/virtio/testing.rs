@@ -145,6 +145,7 @@ pub(crate) fn rings(count: usize, size: u16, features: u64) -> (Vec<Ring>, Activ
             queues,
             features,
             interrupt,
+            kicks: kicks.clone(),
         },
         kicks,
     )

@@ -7,16 +7,21 @@ pub mod connection;
 pub mod muxer;
 pub mod outward;
 pub mod packet;
+mod persist;
 
 use vmm_sys_util::epoll::EventSet;
 
 use crate::devices::virtio::chain::Chain;
+use crate::devices::virtio::persist::{Progress, RestoreError, Saved};
 use crate::devices::virtio::queue::WorkQueue;
 use crate::devices::virtio::{Activation, COMMON_FEATURES, Device, DeviceError, DeviceType, Event, Source};
 use crate::devices::vsock::muxer::Muxer;
 use crate::devices::vsock::packet::{HEADER_BYTES, Header};
 
 const TX: usize = 1;
+const EVENTS: usize = 2;
+/// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET` (5.10.6.7), as `struct virtio_vsock_event` has it.
+const TRANSPORT_RESET: [u8; 4] = 0u32.to_le_bytes();
 const QUEUE_SIZE: u16 = 128;
 /// Most data in a packet (Linux: `VIRTIO_VSOCK_MAX_PKT_BUF_SIZE`).
 const MAX_DATA: u64 = 64 << 10;
@@ -28,13 +33,15 @@ pub struct Vsock {
     config: [u8; 8],
     active: Option<Active>,
     chain: Chain,
+    /// Streams of a saved guest did not come along: its driver is to end them (5.10.6.7).
+    transport_reset: bool,
 }
 
 struct Active {
     rx: WorkQueue,
     tx: WorkQueue,
-    /// Held for transport resets after a restore; idle until then.
-    _events: Option<WorkQueue>,
+    /// For the one event that there is: a transport reset after a restore.
+    events: Option<WorkQueue>,
 }
 
 impl Vsock {
@@ -45,6 +52,7 @@ impl Vsock {
             config: u64::from(guest_cid).to_le_bytes(),
             active: None,
             chain: Chain::default(),
+            transport_reset: false,
         }
     }
 
@@ -89,6 +97,23 @@ impl Vsock {
             }
         }
         rx.announce()
+    }
+
+    /// Tells a restored driver that its streams are gone, as soon as it has a buffer for that.
+    fn tell_transport_reset(&mut self) -> Result<(), DeviceError> {
+        let events = self.active.as_mut().and_then(|active| active.events.as_mut());
+        let Some(events) = events.filter(|_| self.transport_reset) else {
+            return Ok(());
+        };
+        if events.pop(&mut self.chain)? {
+            let chain = &mut self.chain;
+            chain.only_writable().map_err(|error| events.refuse(error))?;
+            let written = chain.writable.put_front(&TRANSPORT_RESET);
+            events.used(chain.head, written as u32)?;
+            events.announce()?;
+            self.transport_reset = false;
+        }
+        Ok(())
     }
 
     /// From the guest.
@@ -143,18 +168,15 @@ impl Device for Vsock {
             queues.next().flatten(),
         );
         self.active = match (rx, tx) {
-            (Some(rx), Some(tx)) => Some(Active {
-                rx,
-                tx,
-                _events: events,
-            }),
+            (Some(rx), Some(tx)) => Some(Active { rx, tx, events }),
             _ => None,
         };
-        Ok(())
+        self.tell_transport_reset()
     }
 
     fn reset(&mut self) {
         self.active = None;
+        self.transport_reset = false;
         self.muxer.reset();
     }
 
@@ -172,9 +194,33 @@ impl Device for Vsock {
         match event {
             Event::Host(..) => self.muxer.host_events(self.active.is_some()),
             Event::Kick(TX) => self.transmit()?,
+            Event::Kick(EVENTS) => self.tell_transport_reset()?,
             Event::Kick(_) => {}
         }
         self.receive()
+    }
+
+    fn progress(&self) -> Vec<Option<Progress>> {
+        match &self.active {
+            Some(Active { rx, tx, events }) => vec![
+                Some(rx.progress()),
+                Some(tx.progress()),
+                events.as_ref().map(WorkQueue::progress),
+            ],
+            None => Vec::new(),
+        }
+    }
+
+    fn save(&self) -> Saved {
+        persist::save(self)
+    }
+
+    fn restore(&mut self, saved: &Saved) -> Result<(), RestoreError> {
+        persist::restore(self, saved)
+    }
+
+    fn metrics(&self) -> serde_json::Value {
+        serde_json::json!({ "streams": self.muxer.streams() })
     }
 }
 
