@@ -77,6 +77,8 @@ const DEVICES: &[libc::c_long] = &[
     libc::SYS_pwritev,
     libc::SYS_fdatasync,
     libc::SYS_fallocate,
+    // Rate limiters of every device.
+    libc::SYS_timerfd_settime,
     // net, vsock
     libc::SYS_readv,
     libc::SYS_writev,

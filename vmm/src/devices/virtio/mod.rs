@@ -17,6 +17,7 @@ pub mod interrupt;
 pub mod mmio;
 pub mod persist;
 pub mod queue;
+pub mod rate_limiter;
 #[cfg(test)]
 pub(crate) mod testing;
 
