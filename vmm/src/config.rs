@@ -60,6 +60,8 @@ pub struct Interface {
     pub id: String,
     /// Its tap.
     pub tap: File,
+    /// `/dev/vhost-net`, where the kernel shall move its frames.
+    pub vhost: Option<File>,
     /// How it behaves.
     pub options: net::Options,
 }
@@ -228,14 +230,28 @@ fn open_interface(interface: &NetworkInterface, inherited: &mut Inherited) -> Re
     {
         return Err(value("mtu", mtu, "68 to 65535"));
     }
+    let vhost = open_vhost(interface, inherited)?;
     Ok(Interface {
         id: interface.iface_id.clone(),
         tap,
+        vhost,
         options: net::Options {
             mac,
             mtu: interface.mtu,
         },
     })
+}
+
+fn open_vhost(interface: &NetworkInterface, inherited: &mut Inherited) -> Result<Option<File>, Error> {
+    let Some(path) = &interface.vhost else {
+        return Ok(None);
+    };
+    let what = format!("vhost of network interface {}", interface.iface_id);
+    if interface.rx_rate_limiter.is_some() || interface.tx_rate_limiter.is_some() {
+        let allowed = "absent where rx_rate_limiter or tx_rate_limiter is given: the kernel limits no frames";
+        return Err(value(what, path, allowed));
+    }
+    Ok(Some(inherited.file(&what, path, true)?))
 }
 
 fn open_vsock(uds_path: &str, inherited: &mut Inherited) -> Result<(UnixListener, Outward), Error> {
@@ -316,6 +332,30 @@ mod tests {
         assert_eq!(
             open(&own, &mut Inherited::default()).unwrap().command_line,
             "root=/dev/vda rootfstype=erofs"
+        );
+    }
+
+    #[test]
+    fn vhost_has_no_rate_limits_and_its_device_is_named_when_it_is_not_there() {
+        let mut interface = NetworkInterface {
+            iface_id: "eth0".into(),
+            vhost: Some("/nowhere/vhost-net".into()),
+            ..NetworkInterface::default()
+        };
+        let message = |interface: &NetworkInterface| {
+            let error = open_vhost(interface, &mut Inherited::default()).err();
+            error.map(|error| error.to_string()).unwrap_or_default()
+        };
+        let missing = message(&interface);
+        assert!(
+            missing.contains("eth0") && missing.contains("/nowhere/vhost-net"),
+            "{missing}"
+        );
+        interface.tx_rate_limiter = Some(mandoline_api::monitor::RateLimiter::default());
+        let both = message(&interface);
+        assert!(
+            both.contains("vhost") && both.contains("tx_rate_limiter"),
+            "{both}"
         );
     }
 

@@ -13,6 +13,7 @@ use crate::config::{self, Drive, Interface, Spec};
 use crate::devices::blk::{self, Blk};
 use crate::devices::control::Control;
 use crate::devices::net::Net;
+use crate::devices::net::vhost::{self, VhostNet};
 use crate::devices::rng::Rng;
 use crate::devices::serial::{Console, Uart};
 use crate::devices::virtio::mmio::{Transport, register};
@@ -53,6 +54,9 @@ pub enum Error {
     /// A drive.
     #[error(transparent)]
     Drive(#[from] blk::OpenError),
+    /// An interface that the kernel shall serve.
+    #[error(transparent)]
+    Vhost(#[from] vhost::Error),
     /// An event descriptor.
     #[error("{what}: {source}")]
     Host {
@@ -120,7 +124,7 @@ pub fn build(kvm_fd: &Kvm, spec: Spec, phases: &Arc<Phases>, boot_timer: bool) -
     memory::register(&vm, &memory)?;
     phases.mark(Phase::MemoryReady);
 
-    let models = device_models(spec.drives, spec.interfaces, spec.vsock, spec.entropy)?;
+    let models = device_models(&memory, spec.drives, spec.interfaces, spec.vsock, spec.entropy)?;
     let places: Vec<(u64, u32)> = (0..models.len())
         .filter_map(|n| Some((device_window(n), device_gsi(n)?)))
         .collect();
@@ -179,6 +183,7 @@ type NamedDevice = (String, Box<dyn Device>);
 
 /// The device models with their names, in the order of their windows: drives, interfaces, vsock, rng.
 fn device_models(
+    memory: &Memory,
     drives: Vec<Drive>,
     interfaces: Vec<Interface>,
     vsock: Option<config::Vsock>,
@@ -190,8 +195,12 @@ fn device_models(
         models.push((format!("blk {}", drive.options.id), Box::new(model)));
     }
     for interface in interfaces {
-        let model = Net::new(interface.tap, &interface.options);
-        models.push((format!("net {}", interface.id), Box::new(model)));
+        let (tap, options) = (interface.tap, &interface.options);
+        let model: Box<dyn Device> = match interface.vhost {
+            Some(vhost) => Box::new(VhostNet::new(tap, vhost, memory, options)?),
+            None => Box::new(Net::new(tap, options)),
+        };
+        models.push((format!("net {}", interface.id), model));
     }
     if let Some(vsock) = vsock {
         let muxer = Muxer::new(vsock.guest_cid, vsock.listener, vsock.outward).map_err(host("vsock"))?;

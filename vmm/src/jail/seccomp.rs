@@ -13,6 +13,7 @@ use seccompiler::{
 };
 
 use crate::devices::net::tap::TUNSETOFFLOAD;
+use crate::devices::net::vhost::kernel::{ACTIVATE_IOCTLS, PAUSE_IOCTLS};
 
 /// What a thread is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,18 +107,23 @@ const API: &[libc::c_long] = &[
 ];
 
 /// The requests that a role may make by `ioctl`.
-fn ioctls(role: Role) -> &'static [u64] {
-    match role {
+fn ioctls(role: Role) -> Vec<u64> {
+    let (own, vhost): (&[u64], &[u64]) = match role {
         // A driver that becomes ready or resets its device does so in a vCPU's thread.
-        Role::Vcpu => &[
-            KVM_RUN,
-            KVM_GET_REGS,
-            KVM_GET_SREGS,
-            KVM_KVMCLOCK_CTRL,
-            TUNSETOFFLOAD,
-        ],
-        Role::Devices | Role::DevicesByPath | Role::Api => &[FIONBIO],
-    }
+        Role::Vcpu => (
+            &[
+                KVM_RUN,
+                KVM_GET_REGS,
+                KVM_GET_SREGS,
+                KVM_KVMCLOCK_CTRL,
+                TUNSETOFFLOAD,
+            ],
+            &ACTIVATE_IOCTLS,
+        ),
+        Role::Devices | Role::DevicesByPath => (&[FIONBIO], &PAUSE_IOCTLS),
+        Role::Api => (&[FIONBIO], &[]),
+    };
+    [own, vhost].concat()
 }
 
 /// The filter of a role.
@@ -145,7 +151,7 @@ pub fn program(role: Role) -> Result<BpfProgram, Error> {
             1,
             SeccompCmpArgLen::Dword,
             SeccompCmpOp::Eq,
-            *request,
+            request,
         )?])?);
     }
     rules.insert(libc::SYS_ioctl, requests);

@@ -12,6 +12,9 @@
 pub mod metrics;
 mod persist;
 pub mod tap;
+#[cfg(test)]
+pub(crate) mod testing;
+pub mod vhost;
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -19,8 +22,8 @@ use std::os::fd::AsRawFd;
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
-    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
-    VIRTIO_NET_F_MTU,
+    VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
+    VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
 };
 use vmm_sys_util::epoll::EventSet;
 
@@ -51,6 +54,36 @@ pub struct Options {
     pub mtu: Option<u16>,
 }
 
+/// What an interface on `tap` offers.
+fn offered(tap: &File, options: &Options) -> u64 {
+    let mut features = COMMON_FEATURES
+        | 1 << VIRTIO_NET_F_CSUM
+        | 1 << VIRTIO_NET_F_GUEST_CSUM
+        | 1 << VIRTIO_NET_F_HOST_TSO4
+        | 1 << VIRTIO_NET_F_HOST_TSO6
+        | 1 << VIRTIO_NET_F_GUEST_TSO4
+        | 1 << VIRTIO_NET_F_GUEST_TSO6
+        | 1 << VIRTIO_NET_F_MRG_RXBUF;
+    if tap::has_udp_segmentation(tap) {
+        features |= 1 << VIRTIO_NET_F_HOST_USO | 1 << VIRTIO_NET_F_GUEST_USO4 | 1 << VIRTIO_NET_F_GUEST_USO6;
+    }
+    if options.mac.is_some() {
+        features |= 1 << VIRTIO_NET_F_MAC;
+    }
+    if options.mtu.is_some() {
+        features |= 1 << VIRTIO_NET_F_MTU;
+    }
+    features
+}
+
+/// `struct virtio_net_config`: mac 0, status 6, max_virtqueue_pairs 8, mtu 10.
+fn config_space(options: &Options) -> [u8; 12] {
+    let mut config = [0; 12];
+    config[..6].copy_from_slice(&options.mac.unwrap_or_default());
+    config[10..].copy_from_slice(&options.mtu.unwrap_or_default().to_le_bytes());
+    config
+}
+
 /// See the module.
 pub struct Net {
     tap: File,
@@ -76,28 +109,10 @@ struct Active {
 impl Net {
     /// An interface on `tap`, which must be non-blocking with a [`HEADER_BYTES`] header: see [`tap::prepare`].
     pub fn new(tap: File, options: &Options) -> Self {
-        let mut features = COMMON_FEATURES
-            | 1 << VIRTIO_NET_F_CSUM
-            | 1 << VIRTIO_NET_F_GUEST_CSUM
-            | 1 << VIRTIO_NET_F_HOST_TSO4
-            | 1 << VIRTIO_NET_F_HOST_TSO6
-            | 1 << VIRTIO_NET_F_GUEST_TSO4
-            | 1 << VIRTIO_NET_F_GUEST_TSO6
-            | 1 << VIRTIO_NET_F_MRG_RXBUF;
-        // struct virtio_net_config: mac 0, status 6, max_virtqueue_pairs 8, mtu 10
-        let mut config = [0; 12];
-        if let Some(mac) = options.mac {
-            features |= 1 << VIRTIO_NET_F_MAC;
-            config[..6].copy_from_slice(&mac);
-        }
-        if let Some(mtu) = options.mtu {
-            features |= 1 << VIRTIO_NET_F_MTU;
-            config[10..].copy_from_slice(&mtu.to_le_bytes());
-        }
         Self {
+            features: offered(&tap, options),
+            config: config_space(options),
             tap,
-            features,
-            config,
             active: None,
             // Zeroed by the kernel when touched: an idle interface costs a page or two of it.
             frame: vec![0; MAX_FRAME].into_boxed_slice(),
@@ -330,11 +345,12 @@ impl Device for Net {
     }
 
     fn save(&self) -> Saved {
-        persist::save(self)
+        persist::save(&self.config)
     }
 
     fn restore(&mut self, saved: &Saved) -> Result<(), RestoreError> {
-        persist::restore(self, saved)
+        self.config = persist::restore(saved)?;
+        Ok(())
     }
 
     fn metrics(&self) -> serde_json::Value {

@@ -4,7 +4,6 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::devices::net::Net;
 use crate::devices::virtio::persist::{RestoreError, Saved};
 
 const VERSION: u16 = 1;
@@ -17,12 +16,11 @@ struct State {
     config: [u8; 12],
 }
 
-pub(super) fn save(net: &Net) -> Saved {
-    Saved::new(VERSION, &State { config: net.config })
+pub(super) fn save(config: &[u8; 12]) -> Saved {
+    Saved::new(VERSION, &State { config: *config })
 }
 
-pub(super) fn restore(net: &mut Net, saved: &Saved) -> Result<(), RestoreError> {
+pub(super) fn restore(saved: &Saved) -> Result<[u8; 12], RestoreError> {
     let state: State = saved.read(DEVICE, VERSION)?;
-    net.config = state.config;
-    Ok(())
+    Ok(state.config)
 }

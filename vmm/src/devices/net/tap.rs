@@ -6,7 +6,8 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_USO4,
+    VIRTIO_NET_F_GUEST_USO6,
 };
 
 /// `struct virtio_net_hdr_v1`: what stands before each frame on both sides.
@@ -20,6 +21,8 @@ const TUNGETIFF: libc::c_ulong = 0x8004_54d2;
 const TUN_F_CSUM: libc::c_ulong = 1;
 const TUN_F_TSO4: libc::c_ulong = 2;
 const TUN_F_TSO6: libc::c_ulong = 4;
+const TUN_F_USO4: libc::c_ulong = 0x20;
+const TUN_F_USO6: libc::c_ulong = 0x40;
 
 /// A tap cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -98,6 +101,12 @@ pub fn prepare(tap: &File, name: &str) -> Result<(), Error> {
     rustix::io::ioctl_fionbio(tap, true).map_err(|error| failed("making it non-blocking")(error.into()))
 }
 
+/// Whether the host's kernel segments UDP for taps (Linux 6.2); leaves the tap without offloads.
+pub fn has_udp_segmentation(tap: &File) -> bool {
+    let all = TUN_F_CSUM | TUN_F_USO4 | TUN_F_USO6;
+    offload(tap, all).is_ok() && offload(tap, 0).is_ok()
+}
+
 /// Lets the tap hand over unfinished what the guest agreed to finish.
 pub fn set_offload(tap: &File, features: u64) -> io::Result<()> {
     let mut flags = 0;
@@ -105,6 +114,8 @@ pub fn set_offload(tap: &File, features: u64) -> io::Result<()> {
         (VIRTIO_NET_F_GUEST_CSUM, TUN_F_CSUM),
         (VIRTIO_NET_F_GUEST_TSO4, TUN_F_TSO4),
         (VIRTIO_NET_F_GUEST_TSO6, TUN_F_TSO6),
+        (VIRTIO_NET_F_GUEST_USO4, TUN_F_USO4),
+        (VIRTIO_NET_F_GUEST_USO6, TUN_F_USO6),
     ] {
         if features & 1 << feature != 0 {
             flags |= flag;
@@ -114,13 +125,21 @@ pub fn set_offload(tap: &File, features: u64) -> io::Result<()> {
     if flags & TUN_F_CSUM == 0 {
         flags = 0;
     }
+    // The kernel has UDP segmentation for both families or none.
+    if flags & (TUN_F_USO4 | TUN_F_USO6) != TUN_F_USO4 | TUN_F_USO6 {
+        flags &= !(TUN_F_USO4 | TUN_F_USO6);
+    }
+    match offload(tap, flags) {
+        // What stands in for a tap in tests (a socket) has no offloads.
+        Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => Ok(()),
+        result => result,
+    }
+}
+
+fn offload(tap: &File, flags: libc::c_ulong) -> io::Result<()> {
     // SAFETY: TUNSETOFFLOAD takes its argument by value.
     match unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETOFFLOAD, flags) } {
         0.. => Ok(()),
-        _ => match io::Error::last_os_error() {
-            // What stands in for a tap in tests (a socket) has no offloads.
-            error if error.raw_os_error() == Some(libc::ENOTTY) => Ok(()),
-            error => Err(error),
-        },
+        _ => Err(io::Error::last_os_error()),
     }
 }

@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use proptest::prelude::*;
 
 use super::*;
+use crate::devices::net::testing::frame;
 use crate::devices::virtio::testing::{Ring, rings};
 
 const TX_AT: u64 = 0x20_0000;
@@ -45,12 +46,6 @@ fn bench(features: u64, size: u16) -> Bench {
         wire: as_file(wire),
         kicks,
     }
-}
-
-fn frame(length: usize) -> Vec<u8> {
-    (0..HEADER_BYTES + length)
-        .map(|n| if n < HEADER_BYTES { 0 } else { n as u8 })
-        .collect()
 }
 
 const MERGE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;

@@ -16,6 +16,8 @@ pub const CONFIG_CHANGED: u32 = 2;
 pub struct Interrupt {
     status: AtomicU32,
     needs_reset: AtomicBool,
+    /// See [`Interrupt::raised_by_kernel`].
+    by_kernel: AtomicBool,
     /// Counts changes of the configuration space (`ConfigGeneration`).
     generation: AtomicU32,
     line: EventFd,
@@ -27,6 +29,7 @@ impl Interrupt {
         Self {
             status: AtomicU32::new(0),
             needs_reset: AtomicBool::new(false),
+            by_kernel: AtomicBool::new(false),
             generation: AtomicU32::new(0),
             line,
         }
@@ -34,7 +37,12 @@ impl Interrupt {
 
     /// The status register.
     pub fn status(&self) -> u32 {
-        self.status.load(Ordering::Acquire)
+        let used = if self.by_kernel.load(Ordering::Acquire) {
+            USED_BUFFERS
+        } else {
+            0
+        };
+        self.status.load(Ordering::Acquire) | used
     }
 
     /// The driver acknowledges.
@@ -63,6 +71,12 @@ impl Interrupt {
         &self.line
     }
 
+    /// Until the next reset the kernel raises the line for used buffers (vhost), and nobody can tell when: so the status
+    /// always says so. A driver that finds nothing used does nothing.
+    pub fn raised_by_kernel(&self) {
+        self.by_kernel.store(true, Ordering::Release);
+    }
+
     /// Puts back what was saved; what was raised is raised again, since a line that was not heard would be lost.
     pub fn restore(&self, status: u32, needs_reset: bool, generation: u32) {
         self.status
@@ -89,6 +103,7 @@ impl Interrupt {
     pub fn reset(&self) {
         self.status.store(0, Ordering::Release);
         self.needs_reset.store(false, Ordering::Release);
+        self.by_kernel.store(false, Ordering::Release);
     }
 
     fn raise(&self, bits: u32) {

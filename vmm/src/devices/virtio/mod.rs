@@ -84,6 +84,12 @@ pub enum DeviceError {
         /// What is wrong with it.
         source: virtio_queue::Error,
     },
+    /// The host's kernel, which serves the queue, found its ring or a chain wrong.
+    #[error("queue {queue}: vhost found its ring or a chain malformed")]
+    Vhost {
+        /// Which queue.
+        queue: usize,
+    },
     /// The host failed the device.
     #[error("{what}: {source}")]
     Host {
@@ -242,7 +248,12 @@ impl Slot {
 
     fn activate(&self, activation: Activation) {
         let mut device = self.device();
-        if let Err(error) = device.activate(activation) {
+        let mut result = device.activate(activation);
+        // A device that comes back into a VM that stands still (a restore) stands still too.
+        if result.is_ok() && self.paused.load(Ordering::Acquire) {
+            result = device.pause();
+        }
+        if let Err(error) = result {
             self.break_device(&mut **device, &error);
         }
     }

@@ -1,6 +1,7 @@
 //! A queue at work: popping checked chains, giving them back, and interrupting only when the driver wants it.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 
@@ -11,6 +12,19 @@ use crate::devices::virtio::chain::{Chain, ChainError};
 use crate::devices::virtio::interrupt::Interrupt;
 use crate::devices::virtio::persist::Progress;
 use crate::memory::Memory;
+
+/// Where a queue lies in guest memory, for one who serves it in the device's stead (vhost).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rings {
+    /// Entries.
+    pub size: u16,
+    /// The descriptor table.
+    pub descriptors: u64,
+    /// The available ring.
+    pub driver: u64,
+    /// The used ring.
+    pub device: u64,
+}
 
 /// A queue that its device works on.
 pub struct WorkQueue {
@@ -55,6 +69,26 @@ impl WorkQueue {
             next_used: self.queue.next_used(),
             held: held.map(|(head, _)| head).collect(),
         }
+    }
+
+    /// Where it lies.
+    pub fn rings(&self) -> Rings {
+        Rings {
+            size: self.queue.size(),
+            descriptors: self.queue.desc_table(),
+            driver: self.queue.avail_ring(),
+            device: self.queue.used_ring(),
+        }
+    }
+
+    /// Somebody else served the queue up to the available ring's entry `next_available`, and stopped: nothing is out, and
+    /// the used ring says itself where it ends.
+    pub fn was_served_to(&mut self, next_available: u16) -> Result<(), DeviceError> {
+        let failed = self.ring_error();
+        let next_used = self.queue.used_idx(&self.memory, Ordering::Acquire);
+        self.queue.set_next_avail(next_available);
+        self.queue.set_next_used(next_used.map_err(failed)?.0);
+        Ok(())
     }
 
     /// Goes on where a saved queue stood.

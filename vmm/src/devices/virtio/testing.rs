@@ -98,6 +98,12 @@ impl Ring {
             .unwrap();
     }
 
+    pub(crate) fn set_used_index(&self, index: u16) {
+        self.memory
+            .write_obj(index, GuestAddress(self.used_ring() + 2))
+            .unwrap();
+    }
+
     /// The next chain that the device gave back: (head, bytes written).
     pub(crate) fn used(&mut self) -> Option<(u16, u32)> {
         let index: u16 = self.memory.read_obj(GuestAddress(self.used_ring() + 2)).unwrap();
@@ -124,11 +130,21 @@ impl Ring {
 
 /// Memory with `count` rings of `size`, and what activates a device on them.
 pub(crate) fn rings(count: usize, size: u16, features: u64) -> (Vec<Ring>, Activation, Vec<Arc<EventFd>>) {
-    let memory = memory::create(16 << 20).unwrap();
+    rings_in(memory::create(16 << 20).unwrap(), count, size, features)
+}
+
+/// The same in memory that is there, where rings may have been before.
+pub(crate) fn rings_in(
+    memory: Memory,
+    count: usize,
+    size: u16,
+    features: u64,
+) -> (Vec<Ring>, Activation, Vec<Arc<EventFd>>) {
     let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
     let interrupt = Arc::new(Interrupt::new(event()));
     let rings: Vec<Ring> = (0..count)
         .map(|n| Ring::new(&memory, 0x1_0000 * (n as u64 + 1), size))
+        .inspect(|ring| ring.put(ring.base, &[0; 0x8000]))
         .collect();
     let kicks: Vec<Arc<EventFd>> = (0..count).map(|_| Arc::new(event())).collect();
     let queues = rings
