@@ -6,8 +6,10 @@ use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use mandoline_api::monitor::Phase;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::boot::image::Entry;
 use crate::boot::layout::{KVM_TSS, SERIAL_GSI, device_gsi, device_window};
-use crate::boot::{cpuid, loader, regs};
+use crate::boot::loader::{self, Boot};
+use crate::boot::{cpuid, regs};
 use crate::bus::Bus;
 use crate::config::{self, Drive, Interface, Spec};
 use crate::devices::blk::{self, Blk};
@@ -128,14 +130,13 @@ pub fn build(kvm_fd: &Kvm, spec: Spec, phases: &Arc<Phases>, boot_timer: bool) -
     let places: Vec<(u64, u32)> = (0..models.len())
         .filter_map(|n| Some((device_window(n), device_gsi(n)?)))
         .collect();
-    let (entry, kernel_end) = loader::kernel(&memory, &spec.kernel)?;
-    let initrd = spec
-        .initrd
-        .as_ref()
-        .map(|file| loader::initrd(&memory, file, kernel_end))
-        .transpose()?;
-    let line = loader::command_line(&spec.command_line, &places)?;
-    loader::tables(&memory, &line, initrd, spec.vcpus)?;
+    let boot = Boot {
+        kernel: spec.kernel,
+        initrd: spec.initrd,
+        command_line: loader::command_line(&spec.command_line, &places)?,
+        vcpus: spec.vcpus,
+    };
+    let entry = boot.load(&memory)?;
     phases.mark(Phase::KernelLoaded);
 
     vm.create_irq_chip().map_err(kvm("KVM_CREATE_IRQCHIP"))?;
@@ -218,7 +219,7 @@ fn interrupt_line(vm: &VmFd, gsi: u32) -> Result<EventFd, Error> {
     Ok(line)
 }
 
-fn create_vcpus(kvm_fd: &Kvm, vm: &VmFd, count: u8, entry: u64) -> Result<Vec<VcpuFd>, Error> {
+fn create_vcpus(kvm_fd: &Kvm, vm: &VmFd, count: u8, entry: Entry) -> Result<Vec<VcpuFd>, Error> {
     let supported = kvm_fd
         .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
         .map_err(kvm("KVM_GET_SUPPORTED_CPUID"))?;

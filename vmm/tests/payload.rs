@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 
 use mandoline_api::monitor::{ExitReason, InstanceState, Phase, RunState, StateLine};
-use mandoline_vmm::boot::elf;
+use mandoline_vmm::boot::{bzimage, elf};
 use mandoline_vmm::config::{Drive, Spec};
 use mandoline_vmm::devices::blk;
 use mandoline_vmm::exit::Exit;
@@ -251,6 +251,37 @@ fn a_guest_prints_stops_the_boot_timer_and_powers_off() {
             (RunState::Exited, Some(ExitReason::Shutdown))
         ]
     );
+}
+
+#[test]
+fn a_kernel_without_a_pvh_note_starts_in_long_mode_with_the_zero_page() {
+    let code = Code::default()
+        // Loading the segments that the protocol promises: mov eax, 0x18; mov ds, eax; mov ss, eax
+        .raw(&[0xb8, 0x18, 0, 0, 0, 0x8e, 0xd8, 0x8e, 0xd0])
+        // mov esp, 0x800000; push 0x10; lea rax, [rip + 3]; push rax; retfq
+        .raw(&[0xbc, 0, 0, 0x80, 0, 0x6a, 0x10])
+        .raw(&[0x48, 0x8d, 0x05, 3, 0, 0, 0, 0x50, 0x48, 0xcb])
+        // The header's magic: mov eax, [rsi + 0x202]
+        .raw(&[0x8b, 0x86, 0x02, 0x02, 0, 0])
+        .print_al()
+        .raw(&[0xc1, 0xe8, 8]) // shr eax, 8
+        .print_al()
+        // The command line: mov ebx, [rsi + 0x228]; mov al, [rbx]
+        .raw(&[0x8b, 0x9e, 0x28, 0x02, 0, 0, 0x8a, 0x03])
+        .print_al()
+        // The boot/exit page lies above what is mapped: the last entry of the first directory leads to it.
+        // mov dword [0xbff8], 0xc0000083; mov byte [0x3fe00008], 1
+        .raw(&[0xc7, 0x04, 0x25, 0xf8, 0xbf, 0, 0, 0x83, 0, 0, 0xc0])
+        .raw(&[0xc6, 0x04, 0x25, 0x08, 0, 0xe0, 0x3f, 1, 0xeb, 0xfe]);
+    let at = 0x20_0000;
+    for image in [elf::tiny_linux64(&code.0, at), bzimage::tiny(&code.0, at)] {
+        let mut spec = spec(Code::default());
+        spec.kernel = file(&image);
+        spec.command_line = "quiet".into();
+        let Some(outcome) = run(spec) else { return };
+        assert_eq!(outcome.exit.reason, ExitReason::Shutdown, "{:?}", outcome.exit);
+        assert_eq!(String::from_utf8_lossy(&outcome.output), "Hdq");
+    }
 }
 
 #[test]

@@ -42,7 +42,7 @@ pub struct VmConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BootSource {
-    /// Path of an uncompressed ELF `vmlinux` with a PVH entry, or `fd:NAME`.
+    /// Path of an ELF `vmlinux` or a `bzImage`, or `fd:NAME`.
     pub kernel_image_path: String,
     /// Kernel command line; the monitor appends a `virtio_mmio.device=` for each device.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -2,9 +2,12 @@
 //!
 //! ```text
 //! 0x0000_0000  RAM (low): page 0 unused
+//! 0x0000_0500    GDT (64-bit Linux)
 //! 0x0000_6000    hvm_start_info (PVH)
-//! 0x0000_6040    module list (initial RAM disk)
-//! 0x0000_7000    memory map
+//! 0x0000_6040    module list (initial RAM disk; PVH)
+//! 0x0000_7000    memory map (PVH), or boot_params, the "zero page" (64-bit Linux)
+//! 0x0000_8000    seed of the guest's random numbers (64-bit Linux)
+//! 0x0000_9000    page tables: PML4, PDPT, up to four PDs (64-bit Linux)
 //! 0x0002_0000    kernel command line (2 KiB)
 //! 0x0009_fc00    MP table (the last KiB of base memory, where kernels look for it)
 //! 0x000a_0000  hole of the old PC
@@ -22,6 +25,14 @@ pub const START_INFO: u64 = 0x6000;
 pub const MODULE_LIST: u64 = 0x6040;
 /// Where the memory map stands.
 pub const MEMORY_MAP: u64 = 0x7000;
+/// Where the GDT stands that long mode starts with.
+pub const GDT: u64 = 0x500;
+/// Where `boot_params` stands, a page.
+pub const ZERO_PAGE: u64 = 0x7000;
+/// Where the seed of the guest's random numbers stands.
+pub const RNG_SEED: u64 = 0x8000;
+/// Where the page tables stand that long mode starts with.
+pub const PAGE_TABLES: u64 = 0x9000;
 /// Where the command line stands.
 pub const COMMAND_LINE: u64 = 0x2_0000;
 /// Most bytes of command line, with the final NUL: x86's `COMMAND_LINE_SIZE`.

@@ -1,4 +1,4 @@
-//! Kernel, command line, memory map and tables into guest memory: everything that the guest finds at its
+//! Kernel, initial RAM disk, command line and tables into guest memory: everything that the guest finds at its
 //! first instruction.
 //!
 //! The kernel's segments are mapped copy-on-write from its file wherever file and memory agree modulo the
@@ -10,22 +10,14 @@ use std::io::Seek;
 use std::os::fd::AsRawFd;
 
 use linux_loader::cmdline::Cmdline;
-use linux_loader::configurator::pvh::PvhBootConfigurator;
-use linux_loader::configurator::{BootConfigurator, BootParams};
-use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
-use vm_memory::{
-    Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, ReadVolatile, VolatileSlice,
-};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, ReadVolatile, VolatileSlice};
 
-use crate::boot::layout::{
-    COMMAND_LINE, COMMAND_LINE_SIZE, HIGH_RAM, MEMORY_MAP, MMIO_WINDOW, MODULE_LIST, MP_TABLE, START_INFO,
-};
-use crate::boot::{elf, mptable};
+use crate::boot::image::{self, Entry, Image, Segment};
+use crate::boot::layout::{COMMAND_LINE, COMMAND_LINE_SIZE, HIGH_RAM, MMIO_WINDOW, MP_TABLE};
+use crate::boot::memory_map::low_ram_end;
+use crate::boot::{linux64, memory_map, mptable, pvh};
 use crate::memory::Memory;
 
-const START_MAGIC: u32 = 0x336e_c578;
-const START_VERSION: u32 = 1;
-const MAP_RAM: u32 = 1;
 const PAGE: u64 = 4096;
 
 /// Something could not be put in guest memory.
@@ -33,7 +25,7 @@ const PAGE: u64 = 4096;
 pub enum Error {
     /// The image is no kernel.
     #[error(transparent)]
-    Image(#[from] elf::Error),
+    Image(#[from] image::Error),
     /// A segment lies where there is no RAM.
     #[error(
         "kernel segment {start:#x}..{end:#x} does not fit in guest RAM {low:#x}..{high:#x}: give the machine more memory"
@@ -66,15 +58,23 @@ pub enum Error {
     },
     /// The initial RAM disk does not fit.
     #[error(
-        "initial RAM disk of {bytes} bytes does not fit above the kernel's end {kernel_end:#x} in RAM up to {high:#x}"
+        "initial RAM disk of {bytes} bytes does not fit above the kernel's end {kernel_end:#x} and below {high:#x}: give the machine more memory"
     )]
     Initrd {
         /// Its size.
         bytes: u64,
         /// Where the kernel ends.
         kernel_end: u64,
-        /// End of low RAM.
+        /// End of low RAM, or what the kernel can reach.
         high: u64,
+    },
+    /// The kernel takes a shorter command line.
+    #[error("kernel command line of {bytes} bytes with the devices: this kernel takes {allowed}")]
+    CommandLineTooLong {
+        /// Its size.
+        bytes: usize,
+        /// The image's `cmdline_size`.
+        allowed: u32,
     },
     /// The command line does not fit or has characters that no command line may have.
     #[error("kernel command line ({bytes} bytes, at most {COMMAND_LINE_SIZE} with the devices): {source}")]
@@ -89,9 +89,65 @@ pub enum Error {
     MpTable(#[from] mptable::TableTooLong),
 }
 
-/// Loads the kernel; returns its PVH entry and the first address after it.
-pub fn kernel(memory: &Memory, file: &File) -> Result<(u64, u64), Error> {
-    let image = elf::read(file)?;
+/// What is loaded at the guest's start, and once more when it reboots.
+pub struct Boot {
+    /// The kernel image.
+    pub kernel: File,
+    /// The initial RAM disk.
+    pub initrd: Option<File>,
+    /// The command line, with the devices.
+    pub command_line: Cmdline,
+    /// vCPUs.
+    pub vcpus: u8,
+}
+
+impl Boot {
+    /// Loads everything into `memory`, which must be clear; returns where the boot processor starts.
+    pub fn load(&self, memory: &Memory) -> Result<Entry, Error> {
+        let image = image::read(&self.kernel)?;
+        let kernel_end = kernel(memory, &self.kernel, &image)?;
+        let initrd = self
+            .initrd
+            .as_ref()
+            .map(|file| initrd(memory, file, kernel_end, initrd_limit(&image)))
+            .transpose()?;
+
+        let line = self
+            .command_line
+            .as_cstring()
+            .map_err(|source| Error::CommandLine { bytes: 0, source })?;
+        let bytes = line.as_bytes().len();
+        if let Some(header) = image.header
+            && bytes > header.cmdline_size as usize
+        {
+            let allowed = header.cmdline_size;
+            return Err(Error::CommandLineTooLong { bytes, allowed });
+        }
+        memory
+            .write_slice(line.as_bytes_with_nul(), GuestAddress(COMMAND_LINE))
+            .map_err(write_error("command line"))?;
+        memory
+            .write_slice(&mptable::build(self.vcpus)?, GuestAddress(MP_TABLE))
+            .map_err(write_error("MP table"))?;
+
+        let map = memory_map::build(memory);
+        match image.entry {
+            Entry::Pvh { .. } => pvh::write(memory, &map, initrd)?,
+            Entry::Linux64 { .. } => linux64::write(memory, image.header, &map, initrd, kernel_end)?,
+        }
+        Ok(image.entry)
+    }
+}
+
+/// The first address that an initial RAM disk may not use.
+fn initrd_limit(image: &Image) -> u64 {
+    image
+        .header
+        .map_or(u64::MAX, |header| u64::from(header.initrd_addr_max) + 1)
+}
+
+/// Loads the kernel; returns the first address after it.
+fn kernel(memory: &Memory, file: &File, image: &Image) -> Result<u64, Error> {
     let high = low_ram_end(memory);
     let mut kernel_end = HIGH_RAM;
     for segment in &image.segments {
@@ -107,16 +163,18 @@ pub fn kernel(memory: &Memory, file: &File) -> Result<(u64, u64), Error> {
         let mapped = map_segment(memory, file, segment)?;
         read_rest(memory, file, segment, mapped)?;
     }
-    Ok((image.pvh_entry, kernel_end))
+    Ok(kernel_end)
 }
 
 /// Maps the whole pages of a segment from the file; returns how many bytes that covers.
-fn map_segment(memory: &Memory, file: &File, segment: &elf::Segment) -> Result<u64, Error> {
+fn map_segment(memory: &Memory, file: &File, segment: &Segment) -> Result<u64, Error> {
     let bytes = segment.file_bytes / PAGE * PAGE;
     // Host and guest pages agree because regions are page-aligned on both sides.
     if bytes == 0 || !segment.address.is_multiple_of(PAGE) || !segment.offset.is_multiple_of(PAGE) {
         return Ok(0);
     }
+    // A page that the file does not have could be mapped all the same, and the first touch would be fatal.
+    image::read_at(file, &mut [0], segment.offset + bytes - 1)?;
     let target = memory
         .get_slice(GuestAddress(segment.address), bytes as usize)
         .map_err(|error| write_error("kernel")(error))?;
@@ -143,7 +201,7 @@ fn map_segment(memory: &Memory, file: &File, segment: &elf::Segment) -> Result<u
 }
 
 /// Reads what could not be mapped. Memory beyond the file's bytes is zero already: it is untouched.
-fn read_rest(memory: &Memory, file: &File, segment: &elf::Segment, done: u64) -> Result<(), Error> {
+fn read_rest(memory: &Memory, file: &File, segment: &Segment, done: u64) -> Result<(), Error> {
     let mut offset = segment.offset + done;
     let mut address = segment.address + done;
     let mut left = segment.file_bytes - done;
@@ -151,7 +209,7 @@ fn read_rest(memory: &Memory, file: &File, segment: &elf::Segment, done: u64) ->
     while left > 0 {
         let now = left.min(buffer.len() as u64) as usize;
         std::os::unix::fs::FileExt::read_exact_at(file, &mut buffer[..now], offset).map_err(|source| {
-            elf::Error::Read {
+            image::Error::Read {
                 offset,
                 bytes: now,
                 source,
@@ -167,8 +225,8 @@ fn read_rest(memory: &Memory, file: &File, segment: &elf::Segment, done: u64) ->
     Ok(())
 }
 
-/// Loads the initial RAM disk at the end of low RAM; returns where it lies.
-pub fn initrd(memory: &Memory, mut file: &File, kernel_end: u64) -> Result<(u64, u64), Error> {
+/// Loads the initial RAM disk at the end of the low RAM below `limit`; returns where it lies and its size.
+fn initrd(memory: &Memory, mut file: &File, kernel_end: u64, limit: u64) -> Result<(u64, u64), Error> {
     let bytes = file
         .metadata()
         .map_err(|source| Error::Write {
@@ -176,7 +234,7 @@ pub fn initrd(memory: &Memory, mut file: &File, kernel_end: u64) -> Result<(u64,
             detail: source.to_string(),
         })?
         .len();
-    let high = low_ram_end(memory);
+    let high = low_ram_end(memory).min(limit);
     let start = high
         .checked_sub(bytes)
         .map(|start| start / PAGE * PAGE)
@@ -210,72 +268,7 @@ pub fn command_line(arguments: &str, devices: &[(u64, u32)]) -> Result<Cmdline, 
     Ok(line)
 }
 
-/// Writes command line, memory map, MP table and `hvm_start_info`.
-pub fn tables(memory: &Memory, line: &Cmdline, initrd: Option<(u64, u64)>, vcpus: u8) -> Result<(), Error> {
-    let text = line
-        .as_cstring()
-        .map_err(|source| Error::CommandLine { bytes: 0, source })?;
-    memory
-        .write_slice(text.as_bytes_with_nul(), GuestAddress(COMMAND_LINE))
-        .map_err(write_error("command line"))?;
-    memory
-        .write_slice(&mptable::build(vcpus)?, GuestAddress(MP_TABLE))
-        .map_err(write_error("MP table"))?;
-
-    let map = memory_map(memory);
-    let mut start = hvm_start_info {
-        magic: START_MAGIC,
-        version: START_VERSION,
-        cmdline_paddr: COMMAND_LINE,
-        memmap_paddr: MEMORY_MAP,
-        memmap_entries: map.len() as u32,
-        ..Default::default()
-    };
-    let modules: Vec<hvm_modlist_entry> = initrd
-        .iter()
-        .map(|(paddr, size)| hvm_modlist_entry {
-            paddr: *paddr,
-            size: *size,
-            ..Default::default()
-        })
-        .collect();
-    if !modules.is_empty() {
-        start.nr_modules = modules.len() as u32;
-        start.modlist_paddr = MODULE_LIST;
-    }
-    let mut parameters = BootParams::new(&start, GuestAddress(START_INFO));
-    parameters.set_sections(&map, GuestAddress(MEMORY_MAP));
-    if !modules.is_empty() {
-        parameters.set_modules(&modules, GuestAddress(MODULE_LIST));
-    }
-    PvhBootConfigurator::write_bootparams(&parameters, memory).map_err(write_error("hvm_start_info"))
-}
-
-/// RAM as the guest is told of it: base memory, high memory up to the hole, and what lies above it.
-fn memory_map(memory: &Memory) -> Vec<hvm_memmap_table_entry> {
-    let ram = |addr, size| hvm_memmap_table_entry {
-        addr,
-        size,
-        type_: MAP_RAM,
-        reserved: 0,
-    };
-    let mut map = vec![ram(0, MP_TABLE)];
-    for region in memory.iter() {
-        let start = region.start_addr().raw_value();
-        let end = start + region.len();
-        let start = if start == 0 { HIGH_RAM } else { start };
-        if end > start {
-            map.push(ram(start, end - start));
-        }
-    }
-    map
-}
-
-fn low_ram_end(memory: &Memory) -> u64 {
-    memory.iter().next().map_or(0, |region| region.len())
-}
-
-fn write_error<E: std::fmt::Display>(what: &'static str) -> impl Fn(E) -> Error {
+pub(super) fn write_error<E: std::fmt::Display>(what: &'static str) -> impl Fn(E) -> Error {
     move |error| Error::Write {
         what,
         detail: error.to_string(),
@@ -287,6 +280,20 @@ mod tests {
     use std::io::Write;
 
     use super::*;
+    use crate::boot::{bzimage, elf};
+
+    fn load_kernel(memory: &Memory, file: &File) -> Result<u64, Error> {
+        kernel(memory, file, &image::read(file)?)
+    }
+
+    fn boot(kernel: &[u8], initrd: Option<&[u8]>, line: &str) -> Boot {
+        Boot {
+            kernel: file(kernel),
+            initrd: initrd.map(file),
+            command_line: command_line(line, &[]).unwrap(),
+            vcpus: 1,
+        }
+    }
 
     fn file(bytes: &[u8]) -> File {
         let mut file = tempfile::tempfile().unwrap();
@@ -299,8 +306,8 @@ mod tests {
         for address in [0x10_0000u64, 0x10_0123] {
             let memory = crate::memory::create(16 << 20).unwrap();
             let code: Vec<u8> = (0..3 * 4096 + 77).map(|n| (n % 251) as u8).collect();
-            let (entry, end) = kernel(&memory, &file(&elf::tiny(&code, address))).unwrap();
-            assert_eq!((entry, end), (address, address + code.len() as u64));
+            let end = load_kernel(&memory, &file(&elf::tiny(&code, address))).unwrap();
+            assert_eq!(end, address + code.len() as u64);
             let mut seen = vec![0u8; code.len() + 9];
             memory.read_slice(&mut seen, GuestAddress(address)).unwrap();
             assert_eq!(&seen[..code.len()], code);
@@ -312,7 +319,7 @@ mod tests {
     fn writing_guest_memory_leaves_the_kernel_file_alone() {
         let memory = crate::memory::create(16 << 20).unwrap();
         let image = file(&elf::tiny(&[7; 8192], HIGH_RAM));
-        kernel(&memory, &image).unwrap();
+        load_kernel(&memory, &image).unwrap();
         memory.write_slice(&[9; 8192], GuestAddress(HIGH_RAM)).unwrap();
         let mut byte = [0u8];
         std::os::unix::fs::FileExt::read_exact_at(&image, &mut byte, 0x1000).unwrap();
@@ -320,10 +327,21 @@ mod tests {
     }
 
     #[test]
+    fn a_segment_longer_than_the_file_is_refused() {
+        let memory = crate::memory::create(16 << 20).unwrap();
+        let mut image = elf::tiny(&[7; 8192], HIGH_RAM);
+        image.truncate(0x2fff);
+        assert!(matches!(
+            load_kernel(&memory, &file(&image)),
+            Err(Error::Image(image::Error::Read { offset: 0x2fff, .. }))
+        ));
+    }
+
+    #[test]
     fn a_kernel_outside_memory_is_refused() {
         let memory = crate::memory::create(16 << 20).unwrap();
         for address in [0x1000, 16 << 20, (16 << 20) - 4] {
-            let result = kernel(&memory, &file(&elf::tiny(&[0; 8], address)));
+            let result = load_kernel(&memory, &file(&elf::tiny(&[0; 8], address)));
             assert!(matches!(result, Err(Error::Outside { .. })), "{address:#x}");
         }
     }
@@ -337,13 +355,42 @@ mod tests {
     }
 
     #[test]
-    fn the_initrd_ends_low_memory() {
+    fn the_initrd_ends_the_memory_that_the_kernel_can_reach() {
+        const SIZE: u64 = 16 << 20;
+        let memory = crate::memory::create(SIZE).unwrap();
+        let disk = file(&[5; 5000]);
+        let load = |kernel_end, limit| initrd(&memory, &disk, kernel_end, limit);
+        assert_eq!(load(HIGH_RAM, u64::MAX).unwrap(), (SIZE - 8192, 5000));
+        assert_eq!(load(HIGH_RAM, 0x20_0000).unwrap(), (0x20_0000 - 8192, 5000));
+        assert_eq!(load(SIZE - 8192, u64::MAX).unwrap(), (SIZE - 8192, 5000));
+        for (kernel_end, limit) in [(SIZE - 8191, u64::MAX), (HIGH_RAM, HIGH_RAM + 1), (HIGH_RAM, 1)] {
+            assert!(matches!(load(kernel_end, limit), Err(Error::Initrd { .. })));
+        }
+    }
+
+    #[test]
+    fn a_bzimage_gets_the_room_that_it_unpacks_itself_in() {
         let memory = crate::memory::create(16 << 20).unwrap();
-        let (start, bytes) = initrd(&memory, &file(&[5; 5000]), HIGH_RAM).unwrap();
-        assert_eq!((start, bytes), ((16 << 20) - 8192, 5000));
-        assert!(matches!(
-            initrd(&memory, &file(&[5; 5000]), 16 << 20),
-            Err(Error::Initrd { .. })
-        ));
+        let load = |address| boot(&bzimage::tiny(&[0xf4; 9000], address), Some(&[5; 5000]), "").load(&memory);
+        assert_eq!(load(0x20_0000).unwrap(), Entry::Linux64 { rip: 0x20_0200 });
+        let mut seen = [0u8; 0x210];
+        memory.read_slice(&mut seen, GuestAddress(0x20_0000)).unwrap();
+        assert_eq!((seen[0x1ff], seen[0x200]), (0, 0xf4));
+        // Its init_size is a MiB: there is none left for the initial RAM disk, or not even for itself.
+        assert!(matches!(load(0xf0_0000), Err(Error::Initrd { .. })));
+        assert!(matches!(load(0x100_0000), Err(Error::Outside { .. })));
+    }
+
+    #[test]
+    fn a_command_line_is_as_long_as_the_kernel_takes() {
+        let memory = crate::memory::create(16 << 20).unwrap();
+        let mut image = bzimage::tiny(&[0xf4], 0x20_0000);
+        image[0x238..0x23c].copy_from_slice(&7u32.to_le_bytes());
+        assert!(boot(&image, None, "console").load(&memory).is_ok());
+        let error = boot(&image, None, "console=").load(&memory).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "kernel command line of 8 bytes with the devices: this kernel takes 7"
+        );
     }
 }

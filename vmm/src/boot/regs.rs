@@ -1,16 +1,23 @@
 //! A vCPU's registers at the guest's first instruction.
 //!
 //! PVH (Xen's `docs/misc/pvh.pandoc`, "x86/HVM direct boot ABI"): 32-bit protected mode, paging off, flat
-//! segments, EBX the address of `hvm_start_info`, interrupts off. Application processors wait for their SIPI,
-//! which KVM's local APIC does by itself.
+//! segments, EBX the address of `hvm_start_info`, interrupts off. The 64-bit Linux boot protocol: long mode on
+//! page tables that map the kernel at its own address, flat segments, RSI the address of `boot_params`,
+//! interrupts off. Application processors wait for their SIPI, which KVM's local APIC does by itself.
 
-use kvm_bindings::{Msrs, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment, kvm_xcr, kvm_xcrs};
+use kvm_bindings::{Msrs, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs, kvm_xcr, kvm_xcrs};
 use kvm_ioctls::VcpuFd;
 
-use crate::boot::layout::START_INFO;
+use crate::boot::image::Entry;
+use crate::boot::layout::{GDT, PAGE_TABLES, START_INFO, ZERO_PAGE};
+use crate::boot::linux64::{CODE_SELECTOR, DATA_SELECTOR, GDT_ENTRIES};
 
 const CR0_PE: u64 = 1;
 const CR0_ET: u64 = 1 << 4;
+const CR0_PG: u64 = 1 << 31;
+const CR4_PAE: u64 = 1 << 5;
+const EFER_LME: u64 = 1 << 8;
+const EFER_LMA: u64 = 1 << 10;
 const RFLAGS_RESERVED: u64 = 2;
 
 const MSR_MISC_ENABLE: u32 = 0x1a0;
@@ -60,8 +67,8 @@ pub fn set_xcr0(vcpu: &VcpuFd, cpu: u8, supported: u64) -> Result<(), Error> {
     })
 }
 
-/// Sets the registers of one vCPU; the boot processor (0) starts at the guest-physical address `entry`.
-pub fn set(vcpu: &VcpuFd, cpu: u8, entry: u64) -> Result<(), Error> {
+/// Sets the registers of one vCPU; the boot processor (0) starts at `entry`.
+pub fn set(vcpu: &VcpuFd, cpu: u8, entry: Entry) -> Result<(), Error> {
     let failed = |call| move |source| Error { call, cpu, source };
     set_msrs(vcpu).map_err(failed("KVM_SET_MSRS"))?;
     set_lapic(vcpu).map_err(failed("KVM_SET_LAPIC"))?;
@@ -76,8 +83,58 @@ pub fn set(vcpu: &VcpuFd, cpu: u8, entry: u64) -> Result<(), Error> {
     vcpu.set_fpu(&fpu).map_err(failed("KVM_SET_FPU"))?;
 
     let mut sregs = vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
+    let regs = match entry {
+        Entry::Pvh { rip } => {
+            protected_mode(&mut sregs);
+            kvm_regs {
+                rip,
+                rbx: START_INFO,
+                rflags: RFLAGS_RESERVED,
+                ..Default::default()
+            }
+        }
+        Entry::Linux64 { rip } => {
+            long_mode(&mut sregs);
+            kvm_regs {
+                rip,
+                rsi: ZERO_PAGE,
+                rflags: RFLAGS_RESERVED,
+                ..Default::default()
+            }
+        }
+    };
+    vcpu.set_sregs(&sregs).map_err(failed("KVM_SET_SREGS"))?;
+    vcpu.set_regs(&regs).map_err(failed("KVM_SET_REGS"))
+}
+
+fn protected_mode(sregs: &mut kvm_sregs) {
     // The segments live in the hidden registers alone: the kernel loads its own GDT before it touches one.
     sregs.cs = flat(0x8, 0xb);
+    set_data(sregs, flat(0x10, 0x3));
+    sregs.tr = task(0x18);
+    sregs.cr0 = CR0_PE | CR0_ET;
+    sregs.cr4 = 0;
+    sregs.efer = 0;
+}
+
+fn long_mode(sregs: &mut kvm_sregs) {
+    sregs.cs = kvm_segment {
+        db: 0,
+        l: 1,
+        ..flat(CODE_SELECTOR, 0xb)
+    };
+    set_data(sregs, flat(DATA_SELECTOR, 0x3));
+    // Behind the GDT's end: nobody loads it again.
+    sregs.tr = task(size_of_val(&GDT_ENTRIES) as u16);
+    sregs.gdt.base = GDT;
+    sregs.gdt.limit = size_of_val(&GDT_ENTRIES) as u16 - 1;
+    sregs.cr3 = PAGE_TABLES;
+    sregs.cr4 = CR4_PAE;
+    sregs.efer = EFER_LME | EFER_LMA;
+    sregs.cr0 = CR0_PE | CR0_ET | CR0_PG;
+}
+
+fn set_data(sregs: &mut kvm_sregs, data: kvm_segment) {
     for segment in [
         &mut sregs.ds,
         &mut sregs.es,
@@ -85,26 +142,19 @@ pub fn set(vcpu: &VcpuFd, cpu: u8, entry: u64) -> Result<(), Error> {
         &mut sregs.gs,
         &mut sregs.ss,
     ] {
-        *segment = flat(0x10, 0x3);
+        *segment = data;
     }
-    sregs.tr = kvm_segment {
+}
+
+/// A busy task state segment, without which no CPU enters the guest.
+fn task(selector: u16) -> kvm_segment {
+    kvm_segment {
         limit: 0x67,
         type_: 0xb,
         present: 1,
-        selector: 0x18,
+        selector,
         ..Default::default()
-    };
-    sregs.cr0 = CR0_PE | CR0_ET;
-    sregs.cr4 = 0;
-    sregs.efer = 0;
-    vcpu.set_sregs(&sregs).map_err(failed("KVM_SET_SREGS"))?;
-    let regs = kvm_regs {
-        rip: entry,
-        rbx: START_INFO,
-        rflags: RFLAGS_RESERVED,
-        ..Default::default()
-    };
-    vcpu.set_regs(&regs).map_err(failed("KVM_SET_REGS"))
+    }
 }
 
 fn flat(selector: u16, type_: u8) -> kvm_segment {
