@@ -33,6 +33,14 @@ impl Bus {
         }
     }
 
+    /// Every device as it is at power-on.
+    pub fn power_on(&self) {
+        for transport in &self.virtio {
+            transport.power_on();
+        }
+        self.uart.power_on();
+    }
+
     /// `in`: string instructions repeat the port.
     pub fn port_read(&self, port: u16, data: &mut [u8]) {
         for byte in data {

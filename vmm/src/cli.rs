@@ -45,6 +45,16 @@ pub enum Switch {
     Off,
 }
 
+/// What happens when the guest reboots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OnReboot {
+    /// It starts again in this process, with the same devices. A guest that reboots within a second of its start ends
+    /// the monitor all the same (status 64).
+    Restart,
+    /// The monitor ends with status 64, as Firecracker ends.
+    Exit,
+}
+
 /// Options of `mandoline-vmm vm`. Wherever a PATH stands, `fd:NAME` names an inherited descriptor.
 #[derive(Debug, Clone, Args)]
 pub struct VmArgs {
@@ -83,6 +93,9 @@ pub struct VmArgs {
     /// Become this group.
     #[arg(long, value_name = "GID", requires = "jail_uid")]
     pub jail_gid: Option<u32>,
+    /// What happens when the guest reboots.
+    #[arg(long, value_enum, default_value = "exit")]
+    pub on_reboot: OnReboot,
     /// System call filters. `off` is for debugging only.
     #[arg(long, value_enum, default_value = "on")]
     pub seccomp: Switch,

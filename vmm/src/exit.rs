@@ -44,6 +44,14 @@ impl ExitLatch {
         }
     }
 
+    /// Opens the latch again: the guest starts anew. What closed it must have come to rest.
+    pub fn reopen(&self) {
+        let mut exit = self.exit.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        *exit = None;
+        let _ = self.event.read();
+        self.closed.store(false, Ordering::Release);
+    }
+
     /// Whether the VM ends.
     pub fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)

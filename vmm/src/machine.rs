@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use kvm_bindings::{KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use mandoline_api::monitor::Phase;
 use vmm_sys_util::eventfd::EventFd;
@@ -53,6 +54,9 @@ pub enum Error {
     /// A vCPU's registers.
     #[error(transparent)]
     Registers(#[from] regs::Error),
+    /// A vCPU's state.
+    #[error(transparent)]
+    Vcpu(#[from] vcpu::state::Error),
     /// A drive.
     #[error(transparent)]
     Drive(#[from] blk::OpenError),
@@ -77,10 +81,20 @@ fn host(what: &'static str) -> impl Fn(std::io::Error) -> Error {
     move |source| Error::Host { what, source }
 }
 
+/// KVM's part of a machine that has not run: the interrupt controllers and the vCPUs.
+pub struct PowerOn {
+    irqchips: [kvm_irqchip; 3],
+    vcpus: Vec<Arc<vcpu::state::PowerOn>>,
+}
+
 /// A VM that is ready to run.
 pub struct Machine {
     /// KVM's VM; it lives as long as the process.
     pub vm: VmFd,
+    /// What is loaded at its start.
+    pub boot: Boot,
+    /// What it is put back to when the guest reboots.
+    pub power_on: PowerOn,
     /// vCPUs that have not started.
     pub vcpus: Vec<VcpuFd>,
     /// What they share.
@@ -161,6 +175,13 @@ pub fn build(kvm_fd: &Kvm, spec: Spec, phases: &Arc<Phases>, boot_timer: bool) -
     let bus = Arc::new(Bus::new(uart.clone(), control.clone(), transports));
 
     let vcpus = create_vcpus(kvm_fd, &vm, spec.vcpus, entry)?;
+    let power_on = PowerOn {
+        irqchips: irqchips(&vm)?,
+        vcpus: vcpus
+            .iter()
+            .map(|vcpu| Ok(Arc::new(vcpu::state::PowerOn::of(vcpu)?)))
+            .collect::<Result<_, Error>>()?,
+    };
     phases.mark(Phase::VcpuCreated);
     let shared = vcpu::Shared {
         bus,
@@ -169,6 +190,8 @@ pub fn build(kvm_fd: &Kvm, spec: Spec, phases: &Arc<Phases>, boot_timer: bool) -
     };
     Ok(Machine {
         vm,
+        boot,
+        power_on,
         vcpus,
         shared,
         slots,
@@ -177,6 +200,39 @@ pub fn build(kvm_fd: &Kvm, spec: Spec, phases: &Arc<Phases>, boot_timer: bool) -
         control,
         memory,
     })
+}
+
+impl Machine {
+    /// Makes it what it was before its first instruction: registers, memory, devices. Its vCPUs, whose threads these
+    /// are, must be paused.
+    pub fn reset(&self, vcpus: &[vcpu::Handle]) -> Result<(), Error> {
+        self.shared.bus.power_on();
+        memory::clear(&self.memory)?;
+        self.boot.load(&self.memory)?;
+        for chip in &self.power_on.irqchips {
+            self.vm.set_irqchip(chip).map_err(kvm("KVM_SET_IRQCHIP"))?;
+        }
+        for (handle, state) in vcpus.iter().zip(&self.power_on.vcpus) {
+            let state = state.clone();
+            // A thread that has ended closed the latch with its reason: the machine ends after all.
+            if let Some(result) = handle.at(move |vcpu| state.restore(vcpu)) {
+                result?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn irqchips(vm: &VmFd) -> Result<[kvm_irqchip; 3], Error> {
+    let mut chips =
+        [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC].map(|chip_id| kvm_irqchip {
+            chip_id,
+            ..Default::default()
+        });
+    for chip in &mut chips {
+        vm.get_irqchip(chip).map_err(kvm("KVM_GET_IRQCHIP"))?;
+    }
+    Ok(chips)
 }
 
 /// A device and its name for the log.

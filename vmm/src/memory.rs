@@ -1,6 +1,6 @@
 //! Guest memory: anonymous private mappings that cost nothing until they are touched.
 
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::boot::layout::{MMIO_HOLE, RAM_ABOVE_HOLE};
 
@@ -17,6 +17,14 @@ pub enum Error {
         bytes: u64,
         /// What the host said.
         source: vm_memory::mmap::FromRangesError,
+    },
+    /// The host refused new pages.
+    #[error("clearing {bytes} bytes of guest memory: {source}")]
+    Clear {
+        /// Size of the region.
+        bytes: u64,
+        /// What the host said.
+        source: std::io::Error,
     },
     /// KVM refused the memory.
     #[error("KVM_SET_USER_MEMORY_REGION at {address:#x}, {bytes} bytes: {source}")]
@@ -45,9 +53,34 @@ pub fn create(bytes: u64) -> Result<Memory, Error> {
     Memory::from_ranges(&ranges(bytes)).map_err(|source| Error::Map { bytes, source })
 }
 
+/// Makes all of the memory what it was at first: zeroes that cost nothing.
+pub fn clear(memory: &Memory) -> Result<(), Error> {
+    // Mapped anew rather than given up page by page: parts of it may be mappings of a kernel's file.
+    for region in memory.iter() {
+        let (start, bytes) = (region.as_ptr(), region.len());
+        // SAFETY: the region is a live mapping of this length that this process made for the guest; MAP_FIXED replaces
+        // exactly it, and no Rust reference points into guest RAM.
+        let mapped = unsafe {
+            libc::mmap(
+                start.cast(),
+                bytes as usize,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED,
+                -1,
+                0,
+            )
+        };
+        if mapped == libc::MAP_FAILED {
+            let source = std::io::Error::last_os_error();
+            return Err(Error::Clear { bytes, source });
+        }
+    }
+    Ok(())
+}
+
 /// Gives the memory to the VM, one slot a region.
 pub fn register(vm: &kvm_ioctls::VmFd, memory: &Memory) -> Result<(), Error> {
-    use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+    use vm_memory::Address;
     for (slot, region) in memory.iter().enumerate() {
         let (address, bytes) = (region.start_addr().raw_value(), region.len());
         let kvm_region = kvm_bindings::kvm_userspace_memory_region {

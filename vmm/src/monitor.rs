@@ -3,8 +3,10 @@
 //! ```text
 //!            start                 Pause                    Resume
 //! (built) ----------> Running -------------> Paused --------------------> Running
-//!                        |                     |
-//!                        +---- exit latch -----+--> state file, console flushed, exit status
+//!                      ^ |                     |
+//!                      | +---- exit latch -----+--> state file, console flushed, exit status
+//!                      |           |
+//!                      +- reset <--+ the guest reboots, and lived for a second at least
 //! ```
 
 use std::cell::RefCell;
@@ -14,6 +16,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
+use std::time::Duration;
 
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use mandoline_api::monitor::{ExitReason, InstanceState, Phase, RunState};
@@ -24,7 +27,7 @@ use crate::devices::serial::{Console, Uart};
 use crate::devices::virtio::{Slot, Subscription};
 use crate::exit::Exit;
 use crate::machine::Machine;
-use crate::state::{Phases, StateFile};
+use crate::state::{self, Phases, StateFile};
 use crate::vcpu;
 
 /// The event loop failed.
@@ -132,7 +135,12 @@ pub struct Parts {
     pub confine_vcpu: fn() -> Result<(), String>,
     /// Since when the boot timer counts (`CLOCK_MONOTONIC` ns).
     pub boot_timer_from: u64,
+    /// A guest that reboots after it lived for this long starts again in this process; `None`: never.
+    pub restart_after: Option<Duration>,
 }
+
+/// A guest that reboots sooner than this after its start is left to the caller, who knows how often it tried.
+pub const LEAST_LIFE: Duration = Duration::from_secs(1);
 
 type Loop = EventManager<Box<dyn MutEventSubscriber>>;
 
@@ -181,11 +189,17 @@ pub fn run(mut machine: Machine, parts: Parts) -> Result<Exit, Error> {
     if let Err(error) = (parts.confine)() {
         exit.close(ExitReason::Error, Some(error));
     }
-    while !exit.is_closed() {
-        if let Err(error) = events.run()
-            && !matches!(&error, event_manager::Error::Epoll(errno) if errno.errno() == libc::EINTR)
-        {
-            exit.close(ExitReason::Error, Some(format!("event loop: {error}")));
+    loop {
+        while !exit.is_closed() {
+            if let Err(error) = events.run()
+                && !matches!(&error, event_manager::Error::Epoll(errno) if errno.errno() == libc::EINTR)
+            {
+                exit.close(ExitReason::Error, Some(format!("event loop: {error}")));
+            }
+        }
+        match parts.restart_after {
+            Some(least) if control.borrow_mut().restart(&machine, least) => {}
+            _ => break,
         }
     }
     let mut control = control.borrow_mut();
@@ -344,6 +358,41 @@ impl ControlEvents {
             self.instance = InstanceState::Running;
             self.state.state(RunState::Running, None, None);
         }
+    }
+
+    /// Starts a guest that rebooted anew; false when the VM ends.
+    fn restart(&mut self, machine: &Machine, least: Duration) -> bool {
+        let now = state::monotonic_ns();
+        let lived = |since: u64| u128::from(now.saturating_sub(since)) >= least.as_nanos();
+        let rebooted = self
+            .exit
+            .get()
+            .is_some_and(|exit| exit.reason == ExitReason::Reboot);
+        if !rebooted || !self.phases.reached(Phase::FirstRun).is_some_and(lived) {
+            return false;
+        }
+        tracing::info!("the guest reboots");
+        self.state.phases(&self.phases);
+        self.state.state(RunState::Rebooting, None, None);
+        for handle in &self.handles {
+            handle.pause();
+        }
+        for slot in &self.slots {
+            slot.pause();
+        }
+        if let Err(error) = machine.reset(&self.handles) {
+            // The latch holds the reboot; a restart that fails is an error of its own.
+            self.exit.reopen();
+            self.exit
+                .close(ExitReason::Error, Some(format!("reboot: {error}")));
+            return false;
+        }
+        self.phases.guest_restarts();
+        self.boot_timer_from = state::monotonic_ns();
+        self.exit.reopen();
+        self.instance = InstanceState::Paused;
+        self.resume();
+        true
     }
 
     fn calls(&mut self) {

@@ -24,6 +24,9 @@ const PHASES: [Phase; 10] = [
     Phase::BootTimer,
 ];
 
+/// Size at which the state file starts anew.
+const MAX_STATE_BYTES: u64 = 64 << 10;
+
 /// The times at which phases were reached; the first mark of each counts.
 #[derive(Debug)]
 pub struct Phases {
@@ -53,6 +56,18 @@ impl Phases {
         self.reached[phase as usize]
             .compare_exchange(0, monotonic_ns, Ordering::Relaxed, Ordering::Relaxed)
             .is_ok()
+    }
+
+    /// Forgets what the guest reached, for its next start.
+    pub fn guest_restarts(&self) {
+        let mut written = self
+            .written
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        for phase in [Phase::FirstRun, Phase::FirstSerialByte, Phase::BootTimer] {
+            self.reached[phase as usize].store(0, Ordering::Relaxed);
+            written[phase as usize] = false;
+        }
     }
 
     /// When a phase was reached.
@@ -87,12 +102,16 @@ impl Phases {
 
 /// The state file: one JSON object a line, each in one `write`, so that a reader never sees half of one.
 #[derive(Debug, Default)]
-pub struct StateFile(Option<File>);
+pub struct StateFile {
+    file: Option<File>,
+    /// Bytes written since it was last empty.
+    bytes: u64,
+}
 
 impl StateFile {
     /// Writes to `file`, or nowhere.
     pub fn new(file: Option<File>) -> Self {
-        Self(file)
+        Self { file, bytes: 0 }
     }
 
     /// Appends the phases reached since the last call.
@@ -113,11 +132,17 @@ impl StateFile {
     }
 
     fn line(&mut self, value: &impl serde::Serialize) {
-        let Some(file) = &mut self.0 else { return };
+        let Some(file) = &mut self.file else { return };
+        // A guest that reboots for ever, or sleeps and wakes, must not fill the node's disk. Only the last lines matter;
+        // what is no regular file has no length to set.
+        if self.bytes > MAX_STATE_BYTES && file.set_len(0).is_ok() {
+            self.bytes = 0;
+        }
         let Ok(mut text) = serde_json::to_vec(value) else {
             return;
         };
         text.push(b'\n');
+        self.bytes += text.len() as u64;
         // A full disk must not end a VM; the log says it, since the file cannot.
         if let Err(error) = file.write_all(&text) {
             tracing::warn!(%error, "state file: a line is lost");
@@ -152,6 +177,22 @@ mod tests {
         for (index, phase) in PHASES.into_iter().enumerate() {
             assert_eq!(phase as usize, index);
         }
+    }
+
+    #[test]
+    fn the_file_stays_small_and_ends_with_the_last_state() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        let append = File::options().append(true).open(file.path()).unwrap();
+        let mut state = StateFile::new(Some(append));
+        for _ in 0..5_000 {
+            state.state(RunState::Rebooting, None, None);
+        }
+        state.state(RunState::Running, None, None);
+        let mut text = String::new();
+        file.read_to_string(&mut text).unwrap();
+        assert!((text.len() as u64) < 2 * MAX_STATE_BYTES, "{}", text.len());
+        assert!(text.lines().last().unwrap().contains("running"));
+        assert!(text.starts_with('{'), "no hole at the front");
     }
 
     #[test]

@@ -13,7 +13,7 @@ use rustix::fs::OFlags;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::api::{routes, server};
-use crate::cli::{Switch, VmArgs};
+use crate::cli::{OnReboot, Switch, VmArgs};
 use crate::devices::vsock::outward::Outward;
 use crate::exit::{Exit, ExitLatch};
 use crate::fds::{self, Inherited};
@@ -172,6 +172,7 @@ fn start(
             || Ok(())
         },
         boot_timer_from,
+        restart_after: (args.on_reboot == OnReboot::Restart).then_some(monitor::LEAST_LIFE),
     };
     // For the node manager that comes after this one; see `VSOCK_OUT_KEPT_FD`.
     let kept = inherited.take(VSOCK_OUT_KEPT_FD);

@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::sync::Arc;
 use std::sync::mpsc::channel;
+use std::time::Duration;
 
 use mandoline_api::monitor::{ExitReason, InstanceState, Phase, RunState, StateLine};
 use mandoline_vmm::boot::{bzimage, elf};
@@ -184,6 +185,15 @@ fn build(spec: Spec) -> Option<(Machine, Arc<Phases>)> {
 }
 
 fn finish(machine: Machine, phases: Arc<Phases>, calls: Option<Calls>) -> Outcome {
+    finish_or_restart(machine, phases, calls, None)
+}
+
+fn finish_or_restart(
+    machine: Machine,
+    phases: Arc<Phases>,
+    calls: Option<Calls>,
+    restart_after: Option<Duration>,
+) -> Outcome {
     let (mut output, mut state) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
     let parts = Parts {
         terminal: Terminal {
@@ -197,6 +207,7 @@ fn finish(machine: Machine, phases: Arc<Phases>, calls: Option<Calls>) -> Outcom
         confine: Box::new(|| Ok(())),
         confine_vcpu: || Ok(()),
         boot_timer_from: 0,
+        restart_after,
     };
     let exit = monitor::run(machine, parts).unwrap();
     let (mut bytes, mut text) = (Vec::new(), String::new());
@@ -501,4 +512,63 @@ fn a_paused_guest_stands_still_and_goes_on() {
     let outcome = finish(machine, phases, Some(Calls { receiver, event }));
     driver.join().unwrap();
     assert_eq!(outcome.exit.reason, ExitReason::Shutdown);
+}
+
+#[test]
+fn a_guest_that_reboots_starts_again_with_everything_as_at_power_on() {
+    const COUNTER: u32 = 0x30_0000;
+    const WHAT_NEXT: u32 = 0x30_0010;
+    // Brings its disk up, prints, and waits to be told by which byte to end.
+    let code = Code::default()
+        .activate()
+        .descriptor(0, BUFFER, 16, 1, 1)
+        .descriptor(1, BUFFER + 0x100, 512, 3, 2)
+        .descriptor(2, BUFFER + 0x400, 1, 2, 0)
+        .offer(1, 0)
+        .wait16(USED + 2, 1)
+        .print(b"b")
+        .store(COUNTER, 1)
+        .wait_bits(WHAT_NEXT, 3)
+        .load(WHAT_NEXT)
+        // mov [exit page + 8], al
+        .raw(&[0xa2])
+        .raw(&(EXIT_PAGE + 8).to_le_bytes())
+        .raw(&[0xeb, 0xfe]);
+    let (spec, _disk) = with_drive(code, &[7; 512], true);
+    let Some((machine, phases)) = build(spec) else {
+        return;
+    };
+    let memory = machine.memory.clone();
+    let driver = std::thread::spawn(move || {
+        let at = |address: u32| GuestAddress(u64::from(address));
+        let read = |address: u32| memory.read_obj::<u32>(at(address)).unwrap();
+        for (life, next) in [2u32, 2, 1].into_iter().enumerate() {
+            while read(COUNTER) == 0 || read(WHAT_NEXT) != 0 {
+                std::thread::yield_now();
+            }
+            assert_eq!(
+                memory.read_obj::<u8>(at(BUFFER + 0x100)).unwrap(),
+                7,
+                "life {life}"
+            );
+            memory.write_obj(next, at(WHAT_NEXT)).unwrap();
+            while next == 2 && read(WHAT_NEXT) != 0 {
+                std::thread::yield_now();
+            }
+        }
+    });
+    let outcome = finish_or_restart(machine, phases, None, Some(Duration::ZERO));
+    driver.join().unwrap();
+    assert_eq!(outcome.exit.reason, ExitReason::Shutdown);
+    assert_eq!(outcome.output, b"bbb");
+    let states: Vec<RunState> = outcome
+        .state
+        .iter()
+        .filter_map(|line| match line {
+            StateLine::State(change) => Some(change.state),
+            StateLine::Phase(_) => None,
+        })
+        .collect();
+    use RunState::{Exited, Rebooting, Running};
+    assert_eq!(states, [Running, Rebooting, Running, Rebooting, Running, Exited]);
 }

@@ -77,6 +77,7 @@ pub(super) fn arguments(vm_id: u32, uid: u32, start_ns: u64) -> Vec<String> {
         "--log=fd:log".to_owned(),
         "--serial=fd:serial".to_owned(),
         "--boot-timer".to_owned(),
+        "--on-reboot=restart".to_owned(),
         format!("--start-time-ns={start_ns}"),
         format!("--jail-uid={uid}"),
         format!("--jail-gid={uid}"),

@@ -227,13 +227,10 @@ fn read_rest(memory: &Memory, file: &File, segment: &Segment, done: u64) -> Resu
 
 /// Loads the initial RAM disk at the end of the low RAM below `limit`; returns where it lies and its size.
 fn initrd(memory: &Memory, mut file: &File, kernel_end: u64, limit: u64) -> Result<(u64, u64), Error> {
+    // By seeking, which the monitor may still do when a guest reboots.
     let bytes = file
-        .metadata()
-        .map_err(|source| Error::Write {
-            what: "initial RAM disk",
-            detail: source.to_string(),
-        })?
-        .len();
+        .seek(std::io::SeekFrom::End(0))
+        .map_err(write_error("initial RAM disk"))?;
     let high = low_ram_end(memory).min(limit);
     let start = high
         .checked_sub(bytes)

@@ -24,6 +24,15 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::state::Phases;
 
+/// Offsets and bits of the 16550's registers (National Semiconductor PC16550D, table II).
+const DATA: u8 = 0;
+const IER: u8 = 1;
+const LCR: u8 = 3;
+const MCR: u8 = 4;
+const LSR: u8 = 5;
+const LSR_DATA_READY: u8 = 1;
+const MCR_OUT2: u8 = 8;
+
 /// Output that waits for the host's end.
 const PENDING_BYTES: usize = 64 << 10;
 /// Output that is remembered for a panic's detail.
@@ -200,6 +209,19 @@ impl Uart {
         // Fails only if the interrupt line's counter is full or, in loopback mode, the FIFO is: both are the
         // guest's own doing, and a UART has no way to say so.
         let _ = self.registers().write(offset, value);
+    }
+
+    /// Registers as they are at power-on; what waits for the host's end still goes there.
+    pub fn power_on(&self) {
+        let mut registers = self.registers();
+        // Bytes for the guest that is gone are dropped by reading them.
+        while registers.read(LSR) & LSR_DATA_READY != 0 {
+            registers.read(DATA);
+        }
+        for (offset, value) in [(LCR, 0), (IER, 0), (MCR, MCR_OUT2)] {
+            // Cannot fail: none of these makes an interrupt or fills the FIFO.
+            let _ = registers.write(offset, value);
+        }
     }
 
     /// The guest reads a register.

@@ -42,6 +42,21 @@ const KVM_GET_REGS: u64 = 0x8090_ae81;
 const KVM_GET_SREGS: u64 = 0x8138_ae83;
 const KVM_KVMCLOCK_CTRL: u64 = 0xaead;
 const FIONBIO: u64 = 0x5421;
+const KVM_SET_REGS: u64 = 0x4090_ae82;
+const KVM_SET_SREGS: u64 = 0x4138_ae84;
+const KVM_GET_MSRS: u64 = 0xc008_ae88;
+const KVM_SET_MSRS: u64 = 0x4008_ae89;
+const KVM_SET_FPU: u64 = 0x41a0_ae8d;
+const KVM_GET_LAPIC: u64 = 0x8400_ae8e;
+const KVM_SET_LAPIC: u64 = 0x4400_ae8f;
+const KVM_GET_MP_STATE: u64 = 0x8004_ae98;
+const KVM_SET_MP_STATE: u64 = 0x4004_ae99;
+const KVM_GET_VCPU_EVENTS: u64 = 0x8040_ae9f;
+const KVM_SET_VCPU_EVENTS: u64 = 0x4040_aea0;
+const KVM_SET_DEBUGREGS: u64 = 0x4080_aea2;
+const KVM_GET_TSC_KHZ: u64 = 0xaea3;
+const KVM_SET_XCRS: u64 = 0x4188_aea7;
+const KVM_SET_IRQCHIP: u64 = 0x8208_ae63;
 
 /// What every thread needs.
 const COMMON: &[libc::c_long] = &[
@@ -80,6 +95,10 @@ const DEVICES: &[libc::c_long] = &[
     libc::SYS_fallocate,
     // Rate limiters of every device.
     libc::SYS_timerfd_settime,
+    // A guest that reboots: its kernel is loaded anew. The state file starts anew when it is long.
+    libc::SYS_pread64,
+    libc::SYS_lseek,
+    libc::SYS_ftruncate,
     // net, vsock
     libc::SYS_readv,
     libc::SYS_writev,
@@ -117,10 +136,27 @@ fn ioctls(role: Role) -> Vec<u64> {
                 KVM_GET_SREGS,
                 KVM_KVMCLOCK_CTRL,
                 TUNSETOFFLOAD,
+                // A guest that reboots: registers as at power-on.
+                KVM_SET_REGS,
+                KVM_SET_SREGS,
+                KVM_SET_MSRS,
+                KVM_SET_FPU,
+                KVM_SET_XCRS,
+                KVM_SET_DEBUGREGS,
+                KVM_SET_LAPIC,
+                KVM_SET_VCPU_EVENTS,
+                KVM_SET_MP_STATE,
+                // Whether it sleeps, and until when.
+                KVM_GET_MP_STATE,
+                KVM_GET_VCPU_EVENTS,
+                KVM_GET_LAPIC,
+                KVM_GET_MSRS,
+                KVM_GET_TSC_KHZ,
             ],
             &ACTIVATE_IOCTLS,
         ),
-        Role::Devices | Role::DevicesByPath => (&[FIONBIO], &PAUSE_IOCTLS),
+        // Interrupt controllers as at power-on.
+        Role::Devices | Role::DevicesByPath => (&[FIONBIO, KVM_SET_IRQCHIP], &PAUSE_IOCTLS),
         Role::Api => (&[FIONBIO], &[]),
     };
     [own, vhost].concat()

@@ -104,6 +104,7 @@ pub fn run(args: &RunArgs) -> Result<u8, Error> {
         "--state-file",
         "fd:state",
     ]);
+    command.args(["--on-reboot", "restart"]);
     command.args(["--boot-timer", "--start-time-ns", &started.to_string()]);
     command.arg("--die-with-parent");
     for (option, value) in [("--log", log), ("--serial", serial)] {

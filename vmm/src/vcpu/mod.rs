@@ -1,16 +1,22 @@
 //! vCPU threads.
 //!
 //! ```text
-//!            start               pause                    resume
-//! (created) -------> Running ------------> Paused ------------------> Running
-//!                       |  exit of the guest, or stop()  |
-//!                       +----------------+---------------+
-//!                                        v
-//!                                     Stopped (the thread ends)
+//!            start          pause, or the latch closed          resume
+//! (created) -------> Running -------------------------> Paused ---------> Running
+//!                                                       |    ^
+//!                                          at(): a task |    | done
+//!                                                       v    |
+//!                                     stop      (works in its own thread)
+//!                       Running, Paused -----> Stopped (the thread ends)
 //! ```
+//!
+//! Registers are read and written in the vCPU's own thread, by tasks ([`Handle::at`]) while it is paused. When the
+//! guest ends, its vCPUs pause by themselves: the event loop decides whether they start again (reboot) or stop.
 //!
 //! A request sets the wanted state, then `immediate_exit` in the vCPU's shared page, then interrupts the
 //! thread by a signal: a vCPU on its way into `KVM_RUN` comes straight back, so no request is ever missed.
+
+pub mod state;
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -31,13 +37,15 @@ enum Run {
     Stopped,
 }
 
-#[derive(Debug)]
+/// Something to do with a paused vCPU, in its thread.
+type Task = Box<dyn FnOnce(&VcpuFd) + Send>;
+
 struct States {
     wanted: Run,
     actual: Run,
+    task: Option<Task>,
 }
 
-#[derive(Debug)]
 struct Mailbox {
     states: Mutex<States>,
     changed: Condvar,
@@ -48,6 +56,14 @@ impl Mailbox {
         self.states
             .lock()
             .unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// The guest has ended: pause, unless somebody wants the end already.
+    fn stand_still(&self) {
+        let mut states = self.lock();
+        if states.wanted == Run::Running {
+            states.wanted = Run::Paused;
+        }
     }
 
     fn wait<'a>(&self, states: MutexGuard<'a, States>) -> MutexGuard<'a, States> {
@@ -91,7 +107,6 @@ pub enum Error {
 }
 
 /// A vCPU's thread, seen from outside.
-#[derive(Debug)]
 pub struct Handle {
     mailbox: Arc<Mailbox>,
     immediate_exit: ImmediateExit,
@@ -142,6 +157,7 @@ pub fn start(
         states: Mutex::new(States {
             wanted: Run::Running,
             actual: Run::Running,
+            task: None,
         }),
         changed: Condvar::new(),
     });
@@ -183,6 +199,23 @@ impl Handle {
         self.want(Run::Running);
     }
 
+    /// Lets `work` at the vCPU, which must be paused; `None` if its thread has ended.
+    pub fn at<T: Send + 'static>(&self, work: impl FnOnce(&VcpuFd) -> T + Send + 'static) -> Option<T> {
+        let (sender, receiver) = std::sync::mpsc::channel();
+        {
+            let mut states = self.mailbox.lock();
+            if states.actual != Run::Paused {
+                return None;
+            }
+            states.task = Some(Box::new(move |vcpu| {
+                // The receiver waits below.
+                let _ = sender.send(work(vcpu));
+            }));
+            self.mailbox.changed.notify_all();
+        }
+        receiver.recv().ok()
+    }
+
     /// Ends the thread; returns when it is out of the guest.
     pub fn stop(&self) {
         self.want(Run::Stopped);
@@ -204,12 +237,18 @@ impl Handle {
     }
 }
 
-/// Runs the guest until it ends or `stop` is asked for.
+/// Runs the guest until `stop` is asked for.
 fn run(cpu: u8, vcpu: &mut VcpuFd, shared: &Shared, mailbox: &Mailbox, immediate_exit: ImmediateExit) {
     let Shared { bus, exit, phases } = shared;
-    phases.mark(Phase::FirstRun);
     let failed = |what: String| exit.close(ExitReason::Error, Some(format!("vCPU {cpu}: {what}")));
-    while !exit.is_closed() {
+    loop {
+        if exit.is_closed() {
+            mailbox.stand_still();
+            if !attend(vcpu, mailbox, immediate_exit) {
+                return;
+            }
+        }
+        phases.mark(Phase::FirstRun);
         match vcpu.run() {
             Ok(VcpuExit::IoOut(port, data)) => bus.port_write(port, data),
             Ok(VcpuExit::IoIn(port, data)) => bus.port_read(port, data),
@@ -248,6 +287,12 @@ fn attend(vcpu: &VcpuFd, mailbox: &Mailbox, immediate_exit: ImmediateExit) -> bo
             mailbox.changed.notify_all();
             // Tells the guest's watchdogs that it was stopped; a guest without kvm-clock has none, hence no error.
             let _ = vcpu.kvmclock_ctrl();
+        }
+        if let Some(task) = states.task.take() {
+            drop(states);
+            task(vcpu);
+            states = mailbox.lock();
+            continue;
         }
         states = mailbox.wait(states);
     }
