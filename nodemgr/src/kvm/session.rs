@@ -4,7 +4,9 @@
 //!  started ── guest opens port 1024, Event::Up ──┐
 //!                                                ├─► up ── join ──► reachable ── events: boot script, stopping
 //!  adopted ── hello answers "up" ────────────────┘                     ▲
-//!     └────── hello answers "joined" ──────────────────────────────────┘
+//!     └────── hello answers "joined" ──────────────────────────────────┘        │
+//!                                                ▲                              │
+//!                                                └── Event::Up: it rebooted ────┘
 //!
 //!  at any point: the monitor ends ──► Exited · no answer in time ──► Failed
 //! ```
@@ -87,17 +89,25 @@ impl Session {
             Err(failure) => return failure,
         };
         self.report_phases();
-        let joined = match phase {
-            agent::Phase::Joined => self.rejoin().await,
-            _ => {
-                self.reports.phase("agent_up");
-                self.reports.tell(Report::Up);
-                self.join().await
+        let (mut phase, mut stream) = (phase, stream);
+        loop {
+            let joined = match phase {
+                agent::Phase::Joined => self.rejoin().await,
+                _ => {
+                    self.reports.phase("agent_up");
+                    self.reports.tell(Report::Up);
+                    self.join().await
+                }
+            };
+            if let Err(failure) = joined {
+                return failure;
             }
-        };
-        match joined {
-            Ok(()) => self.listen(stream).await,
-            Err(failure) => failure,
+            // The monitor starts a guest that reboots anew; the guest that comes back has no identity.
+            let rebooted = self.listen(stream).await;
+            match rebooted {
+                Ok(frames) => (phase, stream) = (agent::Phase::Up, Some(frames)),
+                Err(failure) => return failure,
+            }
         }
     }
 
@@ -259,27 +269,31 @@ impl Session {
         }
     }
 
-    /// Hears what the guest tells by itself, for as long as it lives.
-    async fn listen(&self, stream: Option<Frames>) -> Failure {
+    /// Hears what the guest tells by itself, for as long as it lives. Returns when it is up again after a reboot.
+    async fn listen(&self, stream: Option<Frames>) -> Result<Frames, Failure> {
         let mut current = stream;
         loop {
-            let frames = match &mut current {
+            let mut frames = match current.take() {
                 Some(frames) => frames,
                 None => match &self.outward {
                     None => return std::future::pending().await,
-                    Some(outward) => match self.next_event_stream(outward).await {
-                        Ok(stream) => current.insert(Frames::new(stream)),
-                        Err(failure) => return failure,
-                    },
+                    Some(outward) => Frames::new(self.next_event_stream(outward).await?),
                 },
             };
             match frames.next().await {
-                Ok(Some(body)) => self.hear(&body),
-                Ok(None) => current = None,
-                Err(error) => {
-                    tracing::info!(slice = self.join.slice, %error, "event stream of a guest");
-                    current = None;
+                Ok(Some(body)) => {
+                    if let Ok(Event::Up(hello)) = serde_json::from_slice(&body)
+                        && hello.phase == agent::Phase::Up
+                    {
+                        tracing::info!(slice = self.join.slice, "its guest rebooted");
+                        check_version(&hello)?;
+                        return Ok(frames);
+                    }
+                    self.hear(&body);
+                    current = Some(frames);
                 }
+                Ok(None) => {}
+                Err(error) => tracing::info!(slice = self.join.slice, %error, "event stream of a guest"),
             }
         }
     }
