@@ -238,6 +238,8 @@ fn open_interface(interface: &NetworkInterface, inherited: &mut Inherited) -> Re
         options: net::Options {
             mac,
             mtu: interface.mtu,
+            rx_rate_limiter: interface.rx_rate_limiter,
+            tx_rate_limiter: interface.tx_rate_limiter,
         },
     })
 }

@@ -255,7 +255,7 @@ fn device_models(
         let (tap, options) = (interface.tap, &interface.options);
         let model: Box<dyn Device> = match interface.vhost {
             Some(vhost) => Box::new(VhostNet::new(tap, vhost, memory, options)?),
-            None => Box::new(Net::new(tap, options)),
+            None => Box::new(Net::new(tap, options).map_err(host("timerfd"))?),
         };
         models.push((format!("net {}", interface.id), model));
     }

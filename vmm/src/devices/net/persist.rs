@@ -1,26 +1,30 @@
-//! An interface's saved state: what the guest was told of it.
+//! An interface's saved state: what the guest was told of it, and how far its limits are used.
 //!
 //! A frame that waits for the guest's buffers is not kept: networks lose frames, and its sender sends it again.
 
 use serde::{Deserialize, Serialize};
 
 use crate::devices::virtio::persist::{RestoreError, Saved};
+use crate::devices::virtio::rate_limiter::SavedRateLimiter;
 
 const VERSION: u16 = 1;
-const DEVICE: &str = "net";
+pub(super) const DEVICE: &str = "net";
 
-#[derive(Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct State {
+pub(super) struct State {
     /// The configuration space: address, status, queue pairs, MTU.
-    config: [u8; 12],
+    pub(super) config: [u8; 12],
+    /// What comes to the guest.
+    pub(super) rx_rate_limiter: SavedRateLimiter,
+    /// What the guest sends.
+    pub(super) tx_rate_limiter: SavedRateLimiter,
 }
 
-pub(super) fn save(config: &[u8; 12]) -> Saved {
-    Saved::new(VERSION, &State { config: *config })
+pub(super) fn save(state: &State) -> Saved {
+    Saved::new(VERSION, state)
 }
 
-pub(super) fn restore(saved: &Saved) -> Result<[u8; 12], RestoreError> {
-    let state: State = saved.read(DEVICE, VERSION)?;
-    Ok(state.config)
+pub(super) fn restore(saved: &Saved) -> Result<State, RestoreError> {
+    saved.read(DEVICE, VERSION)
 }

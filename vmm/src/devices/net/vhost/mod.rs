@@ -30,10 +30,12 @@ use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::devices::net::persist::State;
 use crate::devices::net::vhost::kernel::Kernel;
 use crate::devices::net::{Options, QUEUE_SIZE, config_space, offered, persist, tap};
 use crate::devices::virtio::persist::{Progress, RestoreError, Saved};
 use crate::devices::virtio::queue::WorkQueue;
+use crate::devices::virtio::rate_limiter::SavedRateLimiter;
 use crate::devices::virtio::{
     Activation, COMMON_FEATURES, Device, DeviceError, DeviceType, Event, FEATURE_VERSION_1, Source,
 };
@@ -261,11 +263,26 @@ impl<B: vhost::net::VhostNet + Send + 'static> Device for VhostNet<B> {
     }
 
     fn save(&self) -> Saved {
-        persist::save(&self.config)
+        persist::save(&State {
+            config: self.config,
+            rx_rate_limiter: SavedRateLimiter::default(),
+            tx_rate_limiter: SavedRateLimiter::default(),
+        })
     }
 
     fn restore(&mut self, saved: &Saved) -> Result<(), RestoreError> {
-        self.config = persist::restore(saved)?;
+        let state = persist::restore(saved)?;
+        for limiter in [state.rx_rate_limiter, state.tx_rate_limiter] {
+            if limiter != SavedRateLimiter::default() {
+                return Err(RestoreError::Value {
+                    device: persist::DEVICE,
+                    name: "rate limiter",
+                    value: format!("{limiter:?}"),
+                    allowed: "none, where vhost is used".to_owned(),
+                });
+            }
+        }
+        self.config = state.config;
         Ok(())
     }
 

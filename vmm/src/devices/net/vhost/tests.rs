@@ -18,7 +18,7 @@ const MERGE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
 
 /// What the backend was told, and what it answers.
 #[derive(Default)]
-struct State {
+struct Told {
     served: u64,
     features: u64,
     /// Of each queue: entries, where it starts, its call and error descriptors, and whether it is served.
@@ -30,18 +30,18 @@ struct State {
 /// It refuses what the kernel refuses (drivers/vhost): a ring that is changed while it is served, a backend for a
 /// ring that was never set up.
 #[derive(Clone)]
-struct Rules(Arc<std::sync::Mutex<State>>);
+struct Rules(Arc<std::sync::Mutex<Told>>);
 
 impl Rules {
     fn new(served: u64) -> Self {
-        let state = State {
+        let state = Told {
             served,
-            ..State::default()
+            ..Told::default()
         };
         Self(Arc::new(std::sync::Mutex::new(state)))
     }
 
-    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+    fn state(&self) -> std::sync::MutexGuard<'_, Told> {
         self.0.lock().unwrap()
     }
 
@@ -281,7 +281,11 @@ fn a_device_put_back_into_a_paused_vm_waits() {
             queues: vec![queue(0x1_0000), queue(0x2_0000)],
         },
         queues: vec![Some(progress.clone()), Some(progress)],
-        model: persist::save(&[7; 12]),
+        model: persist::save(&State {
+            config: [7; 12],
+            rx_rate_limiter: SavedRateLimiter::default(),
+            tx_rate_limiter: SavedRateLimiter::default(),
+        }),
     };
     slot.pause();
     transport.restore(&saved).unwrap();
