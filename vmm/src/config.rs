@@ -5,7 +5,8 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 
 use mandoline_api::monitor::{
-    CacheType, MAX_MEM_MIB, MAX_VCPUS, MIN_MEM_MIB, NetworkInterface, VSOCK_OUT_FD, VmConfig,
+    CacheType, Drive as DriveConfig, MAX_MEM_MIB, MAX_VCPUS, MIN_MEM_MIB, NetworkInterface, RateLimiter,
+    VSOCK_OUT_FD, VmConfig,
 };
 
 use crate::boot::layout::MAX_DEVICES;
@@ -94,8 +95,8 @@ pub struct Spec {
     pub interfaces: Vec<Interface>,
     /// The stream socket device.
     pub vsock: Option<Vsock>,
-    /// Whether there is an entropy device.
-    pub entropy: bool,
+    /// The entropy device's limits; `None`: there is no such device.
+    pub entropy: Option<RateLimiter>,
 }
 
 /// The default command line: quiet, since a character on the console costs an exit.
@@ -169,15 +170,16 @@ pub fn open(config: &VmConfig, inherited: &mut Inherited) -> Result<Spec, Error>
             id: drive.drive_id.clone(),
             read_only: drive.is_read_only,
             flush: drive.cache_type == CacheType::Writeback,
+            io_engine: drive.io_engine.unwrap_or(blk::DEFAULT_ENGINE),
+            rate_limiter: drive.rate_limiter.unwrap_or_default(),
+            on_full: blk::OnFull::Wait,
         };
         if drive.is_root_device
             && !command_line
                 .split_whitespace()
                 .any(|word| word.starts_with("root="))
         {
-            let letter = char::from(b'a' + index as u8);
-            let mode = if drive.is_read_only { "ro" } else { "rw" };
-            command_line.push_str(&format!(" root=/dev/vd{letter} {mode}"));
+            command_line.push_str(&root(index, drive)?);
         }
         drives.push(Drive { file, options });
     }
@@ -212,8 +214,29 @@ pub fn open(config: &VmConfig, inherited: &mut Inherited) -> Result<Spec, Error>
         drives,
         interfaces,
         vsock,
-        entropy: config.entropy.is_some(),
+        entropy: config
+            .entropy
+            .as_ref()
+            .map(|entropy| entropy.rate_limiter.unwrap_or_default()),
     })
+}
+
+/// The words of the command line that name the root: the `index`th drive, or a partition of it.
+fn root(index: usize, drive: &DriveConfig) -> Result<String, Error> {
+    let mode = if drive.is_read_only { "ro" } else { "rw" };
+    let Some(partuuid) = &drive.partuuid else {
+        let letter = char::from(b'a' + index as u8);
+        return Ok(format!(" root=/dev/vd{letter} {mode}"));
+    };
+    // Nothing that could be another word of the command line; 36 is a GPT's, an MBR's is shorter.
+    let fits = |text: &str| {
+        (1..=36).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-')
+    };
+    if !fits(partuuid) {
+        let allowed = "1 to 36 hexadecimal digits and hyphens";
+        return Err(value("partuuid", partuuid, allowed));
+    }
+    Ok(format!(" root=PARTUUID={partuuid} {mode}"))
 }
 
 fn open_interface(interface: &NetworkInterface, inherited: &mut Inherited) -> Result<Interface, Error> {
@@ -359,6 +382,21 @@ mod tests {
             both.contains("vhost") && both.contains("tx_rate_limiter"),
             "{both}"
         );
+    }
+
+    #[test]
+    fn a_partition_may_be_the_root() {
+        let drive = |partuuid| {
+            format!(
+                r#", "drives": [{{"drive_id": "d", "path_on_host": "/dev/null", "is_root_device": true,
+                    "is_read_only": true, "partuuid": "{partuuid}"}}]"#
+            )
+        };
+        let spec = open(&config(&drive("0eaa91a0-01")), &mut Inherited::default()).unwrap();
+        assert!(spec.command_line.ends_with(" root=PARTUUID=0eaa91a0-01 ro"));
+        for wrong in ["", "a b", "1 init=/bin/sh", &"0".repeat(37)] {
+            assert!(refused(&drive(wrong)).starts_with("partuuid is"), "{wrong}");
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use kvm_bindings::{KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
-use mandoline_api::monitor::Phase;
+use mandoline_api::monitor::{Phase, RateLimiter};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::image::Entry;
@@ -244,7 +244,7 @@ fn device_models(
     drives: Vec<Drive>,
     interfaces: Vec<Interface>,
     vsock: Option<config::Vsock>,
-    entropy: bool,
+    entropy: Option<RateLimiter>,
 ) -> Result<Vec<NamedDevice>, Error> {
     let mut models: Vec<NamedDevice> = Vec::new();
     for drive in drives {
@@ -263,8 +263,9 @@ fn device_models(
         let muxer = Muxer::new(vsock.guest_cid, vsock.listener, vsock.outward).map_err(host("vsock"))?;
         models.push(("vsock".to_owned(), Box::new(Vsock::new(vsock.guest_cid, muxer))));
     }
-    if entropy {
-        models.push(("rng".to_owned(), Box::new(Rng::default())));
+    if let Some(limit) = entropy {
+        let rng = Rng::new(&limit).map_err(host("rng's rate limiter"))?;
+        models.push(("rng".to_owned(), Box::new(rng)));
     }
     Ok(models)
 }

@@ -11,11 +11,12 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
-use mandoline_api::monitor::{ExitReason, InstanceState, Phase, RunState, StateLine};
+use mandoline_api::monitor::{ExitReason, InstanceState, IoEngine, Phase, RateLimiter, RunState, StateLine};
 use mandoline_vmm::boot::{bzimage, elf};
 use mandoline_vmm::config::{Drive, Spec};
 use mandoline_vmm::devices::blk;
 use mandoline_vmm::exit::Exit;
+use mandoline_vmm::jail::seccomp::{self, Role};
 use mandoline_vmm::machine::{self, Machine};
 use mandoline_vmm::monitor::{self, Call, Calls, Parts, Request, Terminal};
 use mandoline_vmm::state::{Phases, StateFile};
@@ -146,7 +147,7 @@ fn spec(code: Code) -> Spec {
         drives: Vec::new(),
         interfaces: Vec::new(),
         vsock: None,
-        entropy: false,
+        entropy: None,
     }
 }
 
@@ -156,6 +157,7 @@ fn with_drive(code: Code, bytes: &[u8], read_only: bool) -> (Spec, File) {
         id: "disk".into(),
         read_only,
         flush: true,
+        ..blk::Options::default()
     };
     let mut spec = spec(code);
     spec.drives.push(Drive {
@@ -163,6 +165,13 @@ fn with_drive(code: Code, bytes: &[u8], read_only: bool) -> (Spec, File) {
         options,
     });
     (spec, disk)
+}
+
+const ENGINES: [IoEngine; 2] = [IoEngine::Sync, IoEngine::Async];
+
+fn with_engine(mut spec: Spec, engine: IoEngine) -> Spec {
+    spec.drives[0].options.io_engine = engine;
+    spec
 }
 
 struct Outcome {
@@ -194,22 +203,52 @@ fn finish_or_restart(
     calls: Option<Calls>,
     restart_after: Option<Duration>,
 ) -> Outcome {
+    finish_with(machine, phases, calls, restart_after, false)
+}
+
+/// With `jailed`, under the filters of the jail, in threads of its own.
+fn finish_with(
+    machine: Machine,
+    phases: Arc<Phases>,
+    calls: Option<Calls>,
+    restart_after: Option<Duration>,
+    jailed: bool,
+) -> Outcome {
+    let confined = |role| seccomp::confine(role).map_err(|error| error.to_string());
     let (mut output, mut state) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
-    let parts = Parts {
-        terminal: Terminal {
-            input: None,
-            output: Some(output.try_clone().unwrap()),
-        },
-        state: StateFile::new(Some(state.try_clone().unwrap())),
-        phases: phases.clone(),
-        signals: monitor::signals(false).unwrap(),
-        calls,
-        confine: Box::new(|| Ok(())),
-        confine_vcpu: || Ok(()),
-        boot_timer_from: 0,
-        restart_after,
+    let (terminal_output, state_file) = (output.try_clone().unwrap(), state.try_clone().unwrap());
+    let marks = phases.clone();
+    let whole = move || {
+        let parts = Parts {
+            terminal: Terminal {
+                input: None,
+                output: Some(terminal_output),
+            },
+            state: StateFile::new(Some(state_file)),
+            phases: marks,
+            signals: monitor::signals(false).unwrap(),
+            calls,
+            confine: if jailed {
+                Box::new(move || confined(Role::Devices))
+            } else {
+                Box::new(|| Ok(()))
+            },
+            confine_vcpu: if jailed {
+                || seccomp::confine(Role::Vcpu).map_err(|error| error.to_string())
+            } else {
+                || Ok(())
+            },
+            boot_timer_from: 0,
+            restart_after,
+        };
+        monitor::run(machine, parts).unwrap()
     };
-    let exit = monitor::run(machine, parts).unwrap();
+    let exit = if jailed {
+        seccomp::install_handler(libc::STDERR_FILENO).unwrap();
+        std::thread::spawn(whole).join().unwrap()
+    } else {
+        whole()
+    };
     let (mut bytes, mut text) = (Vec::new(), String::new());
     output.rewind().unwrap();
     output.read_to_end(&mut bytes).unwrap();
@@ -335,32 +374,34 @@ fn ends_are_told_apart() {
 fn a_drive_is_read_by_kick_and_interrupt() {
     let mut disk = vec![0u8; 4096];
     disk[512] = b'S';
-    let code = Code::default()
-        .store(BUFFER, 0) // type: read
-        .store(BUFFER + 8, 1) // sector 1
-        .store8(BUFFER + 0x800, 0xff)
-        .descriptor(0, BUFFER, 16, 1, 1)
-        .descriptor(1, BUFFER + 0x100, 512, 3, 2)
-        .descriptor(2, BUFFER + 0x800, 1, 2, 0)
-        .activate()
-        .offer(1, 0)
-        .wait16(USED + 2, 1)
-        .load(BUFFER + 0x100)
-        .print_al()
-        .load(BUFFER + 0x800) // status 0
-        .raw(&[0x04, b'0']) // add al, '0'
-        .print_al()
-        // Interrupt status shows used buffers, and the interrupt controller has the line of the first device (5).
-        .wait_bits(WINDOW + 0x60, 1)
-        .out(0x20, 0x0a)
-        .input(0x20)
-        .print_al()
-        .power_off();
-    let Some(outcome) = run(with_drive(code, &disk, false).0) else {
-        return;
-    };
-    assert_eq!(&outcome.output[..2], b"S0");
-    assert_eq!(outcome.output[2] & 1 << 5, 1 << 5, "{:#x}", outcome.output[2]);
+    for engine in ENGINES {
+        let code = Code::default()
+            .store(BUFFER, 0) // type: read
+            .store(BUFFER + 8, 1) // sector 1
+            .store8(BUFFER + 0x800, 0xff)
+            .descriptor(0, BUFFER, 16, 1, 1)
+            .descriptor(1, BUFFER + 0x100, 512, 3, 2)
+            .descriptor(2, BUFFER + 0x800, 1, 2, 0)
+            .activate()
+            .offer(1, 0)
+            .wait16(USED + 2, 1)
+            .load(BUFFER + 0x100)
+            .print_al()
+            .load(BUFFER + 0x800) // status 0
+            .raw(&[0x04, b'0']) // add al, '0'
+            .print_al()
+            // Interrupt status shows used buffers, and the interrupt controller has the line of the first device (5).
+            .wait_bits(WINDOW + 0x60, 1)
+            .out(0x20, 0x0a)
+            .input(0x20)
+            .print_al()
+            .power_off();
+        let Some(outcome) = run(with_engine(with_drive(code, &disk, false).0, engine)) else {
+            return;
+        };
+        assert_eq!(&outcome.output[..2], b"S0");
+        assert_eq!(outcome.output[2] & 1 << 5, 1 << 5, "{:#x}", outcome.output[2]);
+    }
 }
 
 /// Chains that no driver may make: (what, descriptors as (address, length, flags, next), head).
@@ -396,7 +437,7 @@ const HOSTILE: &[Hostile] = &[
 
 #[test]
 fn hostile_chains_break_the_device_and_nothing_else() {
-    for (what, descriptors, head) in HOSTILE {
+    for ((what, descriptors, head), engine) in HOSTILE.iter().zip(ENGINES.into_iter().cycle()) {
         let mut code = Code::default();
         for (index, (address, length, flags, next)) in descriptors.iter().enumerate() {
             code = code.descriptor(index as u32, *address, *length, *flags, *next);
@@ -420,7 +461,7 @@ fn hostile_chains_break_the_device_and_nothing_else() {
             .load(BUFFER + 0x100)
             .print_al()
             .power_off();
-        let Some(outcome) = run(with_drive(code, &[b'W'; 4096], false).0) else {
+        let Some(outcome) = run(with_engine(with_drive(code, &[b'W'; 4096], false).0, engine)) else {
             return;
         };
         assert_eq!(outcome.exit.reason, ExitReason::Shutdown, "{what}");
@@ -571,4 +612,70 @@ fn a_guest_that_reboots_starts_again_with_everything_as_at_power_on() {
         .collect();
     use RunState::{Exited, Rebooting, Running};
     assert_eq!(states, [Running, Rebooting, Running, Rebooting, Running, Exited]);
+}
+
+#[test]
+fn a_jailed_drive_writes_syncs_resets_and_changes_its_file() {
+    const READY: u32 = 0x80_0000;
+    const GO_ON: u32 = 0x80_0010;
+    let request = |code: Code, kind: u32, data: u16| {
+        code.store(USED, 0)
+            .store(AVAILABLE, 0)
+            .store(BUFFER, kind)
+            .store(BUFFER + 8, 1)
+            .descriptor(0, BUFFER, 16, 1, 1)
+            .descriptor(1, BUFFER + 0x100, 512, data | 1, 2)
+            .descriptor(2, BUFFER + 0x800, 1, 2, 0)
+            .activate()
+            .offer(1, 0)
+            .wait16(USED + 2, 1)
+            .load(BUFFER + 0x800)
+            .raw(&[0x04, b'0'])
+            .print_al()
+    };
+    for engine in ENGINES {
+        let code = request(Code::default().store8(BUFFER + 0x100, b'w'), 1, 0)
+            .store(READY, 1)
+            .wait_bits(GO_ON, 1);
+        // From the other file now.
+        let code = request(code, 0, 2).load(BUFFER + 0x100).print_al().power_off();
+        let (spec, mut disk) = with_drive(code, &[b'o'; 4096], false);
+        let Some((machine, phases)) = build(with_engine(spec, engine)) else {
+            return;
+        };
+        let (sender, receiver) = channel::<Call>();
+        let event = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
+        let (memory, signal) = (machine.memory.clone(), event.clone());
+        let driver = std::thread::spawn(move || {
+            let at = |address: u32| GuestAddress(u64::from(address));
+            while memory.read_obj::<u32>(at(READY)).unwrap() == 0 {
+                std::thread::yield_now();
+            }
+            let other = file(&[b'n'; 8192]);
+            let work = Request::Work(Box::new(move |slots| {
+                let update = |blk: &mut blk::Blk| {
+                    blk.set_rate_limiter(&RateLimiter::default());
+                    let same = blk.grow().map_err(|error| error.to_string())?;
+                    let sectors = blk
+                        .replace_file(other, false)
+                        .map_err(|error| error.to_string())?;
+                    Ok(serde_json::json!([same, sectors]))
+                };
+                slots[0].with(update).ok_or("no drive")?
+            }));
+            let (answer, said) = channel();
+            sender.send((work, answer)).unwrap();
+            signal.write(1).unwrap();
+            assert_eq!(said.recv().unwrap().unwrap().said, serde_json::json!([8, 16]));
+            memory.write_obj(1u32, at(GO_ON)).unwrap();
+        });
+        let outcome = finish_with(machine, phases, Some(Calls { receiver, event }), None, true);
+        driver.join().unwrap();
+        assert_eq!(outcome.exit.reason, ExitReason::Shutdown);
+        assert_eq!(String::from_utf8_lossy(&outcome.output), "00n", "{engine:?}");
+        let mut bytes = Vec::new();
+        disk.rewind().unwrap();
+        disk.read_to_end(&mut bytes).unwrap();
+        assert_eq!((bytes[511], bytes[512]), (b'o', b'w'));
+    }
 }

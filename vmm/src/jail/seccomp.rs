@@ -99,6 +99,10 @@ const DEVICES: &[libc::c_long] = &[
     libc::SYS_pread64,
     libc::SYS_lseek,
     libc::SYS_ftruncate,
+    // blk by io_uring, whose rings allow few operations (devices::blk::engine::ring); no way to make another ring.
+    libc::SYS_io_uring_enter,
+    // blk, when a file is replaced: which one it is. (Its size: lseek, above.)
+    libc::SYS_fstat,
     // net, vsock
     libc::SYS_readv,
     libc::SYS_writev,
@@ -195,6 +199,23 @@ pub fn program(role: Role) -> Result<BpfProgram, Error> {
         let unix = condition(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, libc::AF_UNIX as u64)?;
         rules.insert(libc::SYS_socket, vec![rule(vec![unix])?]);
         rules.insert(libc::SYS_connect, Vec::new());
+    }
+    match role {
+        // A driver that resets its disk waits for what is in flight; it submits nothing.
+        Role::Vcpu => {
+            let none = condition(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, 0)?;
+            rules.insert(libc::SYS_io_uring_enter, vec![rule(vec![none])?]);
+        }
+        // How a disk's new file was opened; and what debug builds ask about each descriptor that they close.
+        Role::Devices | Role::DevicesByPath => {
+            let mut rules_of_fcntl = Vec::new();
+            for command in [libc::F_GETFL, libc::F_GETFD] {
+                let only = condition(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, command as u64)?;
+                rules_of_fcntl.push(rule(vec![only])?);
+            }
+            rules.insert(libc::SYS_fcntl, rules_of_fcntl);
+        }
+        Role::Api => {}
     }
     // Memory for the allocator, never executable.
     let no_exec = condition(
@@ -384,6 +405,24 @@ mod tests {
         assert_eq!(try_call(Role::Devices, || socket(libc::AF_UNIX)).0, killed);
         assert_eq!(try_call(Role::DevicesByPath, || socket(libc::AF_UNIX)).0, 0);
         assert_eq!(try_call(Role::DevicesByPath, || socket(libc::AF_INET)).0, killed);
+    }
+
+    #[test]
+    fn a_vcpu_may_wait_for_a_ring_and_not_submit_to_it() {
+        // SAFETY: the descriptor is none, so nothing happens.
+        let enter = |submit: u32| unsafe {
+            libc::syscall(libc::SYS_io_uring_enter, -1, submit, 1, 1, 0, 0);
+        };
+        let killed = i32::from(EXIT_SECCOMP);
+        assert_eq!(try_call(Role::Vcpu, || enter(0)).0, 0);
+        assert_eq!(try_call(Role::Vcpu, || enter(1)).0, killed);
+        assert_eq!(try_call(Role::Devices, || enter(1)).0, 0);
+        assert_eq!(try_call(Role::Api, || enter(0)).0, killed);
+        // SAFETY: the parameters are none.
+        let setup = || unsafe {
+            libc::syscall(libc::SYS_io_uring_setup, 1, 0);
+        };
+        assert_eq!(try_call(Role::Devices, setup).0, killed);
     }
 
     #[test]

@@ -1,9 +1,13 @@
-//! A drive's saved state: what the guest was told of it, which must still be true.
+//! A drive's saved state: what the guest was told of it, which must still be true, and its limits.
+//!
+//! Requests that wait for space on the host's disk are not in it: their heads are in the queue's progress, and they
+//! are read again from the guest's memory.
 
 use serde::{Deserialize, Serialize};
 
 use crate::devices::blk::Blk;
 use crate::devices::virtio::persist::{RestoreError, Saved};
+use crate::devices::virtio::rate_limiter::SavedRateLimiter;
 
 const VERSION: u16 = 1;
 const DEVICE: &str = "blk";
@@ -14,14 +18,16 @@ struct State {
     /// Sectors that the guest was told of.
     sectors: u64,
     read_only: bool,
+    rate_limiter: SavedRateLimiter,
 }
 
 pub(super) fn save(blk: &Blk) -> Saved {
     Saved::new(
         VERSION,
         &State {
-            sectors: blk.engine.sectors,
-            read_only: blk.engine.read_only,
+            sectors: blk.disk.sectors,
+            read_only: blk.disk.read_only,
+            rate_limiter: blk.limiter.save(),
         },
     )
 }
@@ -35,14 +41,15 @@ pub(super) fn restore(blk: &mut Blk, saved: &Saved) -> Result<(), RestoreError> 
         value,
         allowed,
     };
-    if state.sectors > blk.engine.sectors {
-        let allowed = format!("up to {}, what the file has", blk.engine.sectors);
+    if state.sectors > blk.disk.sectors {
+        let allowed = format!("up to {}, what the file has", blk.disk.sectors);
         return Err(refused("sectors", state.sectors.to_string(), allowed));
     }
-    if state.read_only != blk.engine.read_only {
-        let allowed = blk.engine.read_only.to_string();
+    if state.read_only != blk.disk.read_only {
+        let allowed = blk.disk.read_only.to_string();
         return Err(refused("read_only", state.read_only.to_string(), allowed));
     }
     blk.set_sectors(state.sectors);
+    blk.limiter.restore(&state.rate_limiter);
     Ok(())
 }

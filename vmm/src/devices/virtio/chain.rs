@@ -78,7 +78,8 @@ pub struct Buffers {
 unsafe impl Send for Buffers {}
 
 impl Buffers {
-    fn clear(&mut self) {
+    /// Empties the list; its room stays for another.
+    pub fn clear(&mut self) {
         self.pieces.clear();
         self.bytes = 0;
     }
@@ -223,6 +224,9 @@ impl PlaceU16 {
 /// One byte of guest memory.
 #[derive(Debug)]
 pub struct StatusByte(*mut u8);
+
+// SAFETY: the pointer goes to guest memory, which is mapped for the life of the process and belongs to no thread.
+unsafe impl Send for StatusByte {}
 
 impl StatusByte {
     /// Writes it.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-
+use vm_memory::{Bytes, GuestAddress, GuestRegionMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::devices::virtio::DeviceError;
@@ -25,6 +25,11 @@ pub struct Rings {
     /// The used ring.
     pub device: u64,
 }
+
+/// Where [`WorkQueue::held`] puts its ring: no guest memory reaches this far (1 TiB at most, above 4 GiB).
+const BESIDE_MEMORY: GuestAddress = GuestAddress(1 << 50);
+/// Size of that ring's page in bytes.
+const RING_OF_ONE: usize = 4096;
 
 /// A queue that its device works on.
 pub struct WorkQueue {
@@ -164,6 +169,35 @@ impl WorkQueue {
             .load(&self.memory, raw)
             .map_err(|source| self.chain_error(source))?;
         Ok(true)
+    }
+
+    /// Puts a chain that is out (its head is among those of [`WorkQueue::progress`]) into `chain` again, from guest memory:
+    /// for a device that was saved while it held one.
+    pub fn held(&mut self, head: u16, chain: &mut Chain) -> Result<(), DeviceError> {
+        let failed = self.ring_error();
+        // A queue takes chains from its available ring only, and there this one is no more. So it gets a ring of one entry,
+        // beside the guest's memory, and the chain passes the same checks as any.
+        let ring = GuestRegionMmap::from_range(BESIDE_MEMORY, RING_OF_ONE, None)
+            .map_err(|_| failed(virtio_queue::Error::InvalidAvailRingIndex))?;
+        let memory = self
+            .memory
+            .insert_region(Arc::new(ring))
+            .map_err(|_| failed(virtio_queue::Error::InvalidAvailRingIndex))?;
+        // Index 1, then the only entry (virtio 1.2, 2.7.6).
+        let [low, high] = head.to_le_bytes();
+        memory
+            .write_slice(&[0, 0, 1, 0, low, high], BESIDE_MEMORY)
+            .map_err(|_| failed(virtio_queue::Error::InvalidAvailRingIndex))?;
+        let mut state = self.queue.state();
+        state.avail_ring = BESIDE_MEMORY.0;
+        state.next_avail = 0;
+        let mut queue = Queue::try_from(state).map_err(&failed)?;
+        let next = queue.iter(&memory).map_err(&failed)?.next();
+        let raw = next.ok_or_else(|| failed(virtio_queue::Error::InvalidDescriptorIndex))?;
+        // Its buffers are looked for in the guest's memory alone, which stays.
+        chain
+            .load(&self.memory, raw)
+            .map_err(|source| self.chain_error(source))
     }
 
     /// Puts the chain that was popped last back: it will be the next again.

@@ -156,11 +156,12 @@ impl RateLimiter {
         self.wake.is_some()
     }
 
-    /// The descriptor that is ready (level-triggered) when it is worth trying again.
+    /// The descriptor that is ready (edge-triggered) when it is worth trying again.
     pub fn source(&self, token: u32) -> Source {
         Source {
             fd: self.timer.as_raw_fd(),
-            events: EventSet::IN,
+            // While the VM is paused, what comes is left lying, and a resume looks anyway.
+            events: EventSet::IN | EventSet::EDGE_TRIGGERED,
             token,
         }
     }
