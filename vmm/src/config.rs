@@ -5,7 +5,7 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 
 use mandoline_api::monitor::{
-    CacheType, Drive as DriveConfig, MAX_MEM_MIB, MAX_VCPUS, MIN_MEM_MIB, NetworkInterface, RateLimiter,
+    Balloon, CacheType, Drive as DriveConfig, MAX_MEM_MIB, MAX_VCPUS, MIN_MEM_MIB, NetworkInterface, RateLimiter,
     VSOCK_OUT_FD, VmConfig,
 };
 
@@ -97,6 +97,8 @@ pub struct Spec {
     pub vsock: Option<Vsock>,
     /// The entropy device's limits; `None`: there is no such device.
     pub entropy: Option<RateLimiter>,
+    /// The memory balloon.
+    pub balloon: Option<Balloon>,
 }
 
 /// The default command line: quiet, since a character on the console costs an exit.
@@ -135,7 +137,8 @@ pub fn open(config: &VmConfig, inherited: &mut Inherited) -> Result<Spec, Error>
     let devices = config.drives.len()
         + config.network_interfaces.len()
         + usize::from(config.vsock.is_some())
-        + usize::from(config.entropy.is_some());
+        + usize::from(config.entropy.is_some())
+        + usize::from(config.balloon.is_some());
     if devices > MAX_DEVICES {
         return Err(value(
             "number of devices",
@@ -218,6 +221,7 @@ pub fn open(config: &VmConfig, inherited: &mut Inherited) -> Result<Spec, Error>
             .entropy
             .as_ref()
             .map(|entropy| entropy.rate_limiter.unwrap_or_default()),
+        balloon: check_balloon(config.balloon, machine.mem_size_mib)?,
     })
 }
 
@@ -237,6 +241,19 @@ fn root(index: usize, drive: &DriveConfig) -> Result<String, Error> {
         return Err(value("partuuid", partuuid, allowed));
     }
     Ok(format!(" root=PARTUUID={partuuid} {mode}"))
+}
+
+fn check_balloon(balloon: Option<Balloon>, memory_mib: u64) -> Result<Option<Balloon>, Error> {
+    if let Some(balloon) = &balloon {
+        if u64::from(balloon.amount_mib) > memory_mib {
+            let allowed = format!("up to {memory_mib}, the guest's memory");
+            return Err(value("amount_mib", balloon.amount_mib, allowed));
+        }
+        if balloon.free_page_hinting {
+            return Err(value("free_page_hinting", true, "false"));
+        }
+    }
+    Ok(balloon)
 }
 
 fn open_interface(interface: &NetworkInterface, inherited: &mut Inherited) -> Result<Interface, Error> {
@@ -340,6 +357,16 @@ mod tests {
             "mem_size_mib is 1; allowed: 16 to 1048576"
         );
         assert!(refused(r#", "vsock": {"guest_cid": 2, "uds_path": "/x"}"#).starts_with("guest_cid is 2"));
+        let balloon = |rest| format!(r#", "balloon": {{"deflate_on_oom": true, {rest}}}"#);
+        assert_eq!(
+            refused(&balloon(r#""amount_mib": 129"#)),
+            "amount_mib is 129; allowed: up to 128, the guest's memory"
+        );
+        assert_eq!(
+            refused(&balloon(r#""amount_mib": 1, "free_page_hinting": true"#)),
+            "free_page_hinting is true; allowed: false"
+        );
+        assert_eq!(refused(&balloon(r#""amount_mib": 128"#)), "");
         assert_eq!(refused(""), "");
     }
 

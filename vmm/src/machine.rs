@@ -5,6 +5,7 @@ use std::sync::Arc;
 use kvm_bindings::{KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use mandoline_api::monitor::{Phase, RateLimiter};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::image::Entry;
@@ -13,6 +14,7 @@ use crate::boot::loader::{self, Boot};
 use crate::boot::{cpuid, regs};
 use crate::bus::Bus;
 use crate::config::{self, Drive, Interface, Spec};
+use crate::devices::balloon::Balloon;
 use crate::devices::blk::{self, Blk};
 use crate::devices::control::Control;
 use crate::devices::net::Net;
@@ -140,7 +142,14 @@ pub fn build(kvm_fd: &Kvm, spec: Spec, phases: &Arc<Phases>, boot_timer: bool) -
     memory::register(&vm, &memory)?;
     phases.mark(Phase::MemoryReady);
 
-    let models = device_models(&memory, spec.drives, spec.interfaces, spec.vsock, spec.entropy)?;
+    let models = device_models(
+        &memory,
+        spec.drives,
+        spec.interfaces,
+        spec.vsock,
+        spec.entropy,
+        spec.balloon,
+    )?;
     let places: Vec<(u64, u32)> = (0..models.len())
         .filter_map(|n| Some((device_window(n), device_gsi(n)?)))
         .collect();
@@ -238,13 +247,14 @@ fn irqchips(vm: &VmFd) -> Result<[kvm_irqchip; 3], Error> {
 /// A device and its name for the log.
 type NamedDevice = (String, Box<dyn Device>);
 
-/// The device models with their names, in the order of their windows: drives, interfaces, vsock, rng.
+/// The device models with their names, in the order of their windows: drives, interfaces, vsock, rng, balloon.
 fn device_models(
     memory: &Memory,
     drives: Vec<Drive>,
     interfaces: Vec<Interface>,
     vsock: Option<config::Vsock>,
     entropy: Option<RateLimiter>,
+    balloon: Option<mandoline_api::monitor::Balloon>,
 ) -> Result<Vec<NamedDevice>, Error> {
     let mut models: Vec<NamedDevice> = Vec::new();
     for drive in drives {
@@ -266,6 +276,11 @@ fn device_models(
     if let Some(limit) = entropy {
         let rng = Rng::new(&limit).map_err(host("rng's rate limiter"))?;
         models.push(("rng".to_owned(), Box::new(rng)));
+    }
+    if let Some(options) = balloon {
+        let bytes = memory.iter().map(GuestMemoryRegion::len).sum();
+        let model = Balloon::new(&options, bytes).map_err(host("balloon"))?;
+        models.push(("balloon".to_owned(), Box::new(model)));
     }
     Ok(models)
 }

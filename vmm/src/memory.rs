@@ -1,11 +1,14 @@
 //! Guest memory: anonymous private mappings that cost nothing until they are touched.
 
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, VolatileSlice};
 
 use crate::boot::layout::{MMIO_HOLE, RAM_ABOVE_HOLE};
 
 /// Guest memory as the whole monitor uses it.
 pub type Memory = GuestMemoryMmap<()>;
+
+/// The host's page.
+const HOST_PAGE: usize = 4096;
 
 /// Guest memory could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -101,9 +104,79 @@ pub fn register(vm: &kvm_ioctls::VmFd, memory: &Memory) -> Result<(), Error> {
     Ok(())
 }
 
+/// Whether all of `bytes` at `address` is RAM.
+pub fn contains(memory: &Memory, address: GuestAddress, bytes: u64) -> bool {
+    usize::try_from(bytes).is_ok_and(|bytes| memory.check_range(address, bytes))
+}
+
+/// Gives a range of RAM back to the host, region by region, as [`discard`] does. Fails where it is not all RAM.
+pub fn discard_range(memory: &Memory, address: GuestAddress, bytes: u64) -> std::io::Result<()> {
+    let bytes = usize::try_from(bytes).map_err(std::io::Error::other)?;
+    for slice in memory.get_slices(address, bytes) {
+        discard(&slice.map_err(std::io::Error::other)?)?;
+    }
+    Ok(())
+}
+
+/// Gives the whole pages of a piece of guest memory back to the host: the next touch finds what the mapping has beneath,
+/// zeroes or a file's bytes. Returns how many bytes that were.
+pub fn discard(slice: &VolatileSlice) -> std::io::Result<u64> {
+    let start = slice.ptr_guard_mut();
+    let address = start.as_ptr() as usize;
+    let skipped = address.next_multiple_of(HOST_PAGE) - address;
+    let bytes = slice.len().saturating_sub(skipped) / HOST_PAGE * HOST_PAGE;
+    if bytes == 0 {
+        return Ok(0);
+    }
+    // SAFETY: whole pages inside the slice, which is mapped memory that no Rust reference points into; the mapping
+    // stays, only its contents go.
+    let result = unsafe {
+        libc::madvise(
+            start.as_ptr().wrapping_add(skipped).cast(),
+            bytes,
+            libc::MADV_DONTNEED,
+        )
+    };
+    match result {
+        0 => Ok(bytes as u64),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use vm_memory::Bytes;
+
     use super::*;
+
+    #[test]
+    fn only_whole_pages_of_a_range_are_given_back() {
+        let memory = create(16 << 20).unwrap();
+        memory
+            .write_slice(&[7; 4 * 4096], GuestAddress(0x10_0000))
+            .unwrap();
+        discard_range(&memory, GuestAddress(0x10_0001), 3 * 4096).unwrap();
+        let mut seen = vec![0; 4 * 4096];
+        memory.read_slice(&mut seen, GuestAddress(0x10_0000)).unwrap();
+        assert_eq!(seen[..4096], [7; 4096]);
+        assert_eq!(seen[4096..3 * 4096], [0; 2 * 4096]);
+        assert_eq!(seen[3 * 4096..], [7; 4096]);
+        assert!(discard_range(&memory, GuestAddress((16 << 20) - 4096), 8192).is_err());
+    }
+
+    #[test]
+    fn a_range_over_adjacent_regions_is_given_back_whole() {
+        let parts = [(GuestAddress(0), 8192), (GuestAddress(8192), 8192)];
+        let memory = Memory::from_ranges(&parts).unwrap();
+        memory.write_slice(&[7; 4 * 4096], GuestAddress(0)).unwrap();
+        assert!(contains(&memory, GuestAddress(4096), 8192));
+        discard_range(&memory, GuestAddress(4096), 8192).unwrap();
+        let mut seen = vec![0; 4 * 4096];
+        memory.read_slice(&mut seen, GuestAddress(0)).unwrap();
+        assert_eq!(seen[4096..3 * 4096], [0; 2 * 4096]);
+        assert_eq!((seen[0], seen[3 * 4096]), (7, 7));
+        assert!(!contains(&memory, GuestAddress(4096), 4 * 4096));
+    }
 
     #[test]
     fn memory_goes_round_the_hole() {

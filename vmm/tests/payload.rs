@@ -148,6 +148,7 @@ fn spec(code: Code) -> Spec {
         interfaces: Vec::new(),
         vsock: None,
         entropy: None,
+        balloon: None,
     }
 }
 

@@ -1,5 +1,6 @@
 //! The device models.
 
+pub mod balloon;
 pub mod blk;
 pub mod control;
 pub mod net;

@@ -102,6 +102,12 @@ impl Buffers {
         &self.pieces
     }
 
+    /// The same as pieces of guest memory.
+    pub fn slices(&self) -> impl Iterator<Item = VolatileSlice<'_>> {
+        let pieces = self.pieces.iter();
+        pieces.map(|piece| volatile(piece.iov_base.cast(), piece.iov_len))
+    }
+
     /// Takes `into.len()` bytes off the front into `into`; false (and nothing taken) if there are fewer.
     pub fn take_front(&mut self, into: &mut [u8]) -> bool {
         if self.bytes < into.len() as u64 {
