@@ -7,12 +7,14 @@ use std::sync::Arc;
 use mandoline_api::monitor::{EXIT_PAGE, EXIT_PAGE_SIZE};
 
 use crate::boot::layout::{MMIO_WINDOW, VIRTIO_MMIO};
-use crate::devices::control::{Control, I8042_COMMAND};
+use crate::devices::control::{Control, I8042_COMMAND, RESET_PORT, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT};
 use crate::devices::serial::Uart;
 use crate::devices::virtio::mmio::Transport;
 
-const SERIAL_PORT: u16 = 0x3f8;
-const SERIAL_PORTS: u16 = 8;
+/// The serial port's first port.
+pub const SERIAL_PORT: u16 = 0x3f8;
+/// How many ports it has.
+pub const SERIAL_PORTS: u16 = 8;
 /// What an empty bus gives.
 const FLOATING: u8 = 0xff;
 
@@ -50,6 +52,7 @@ impl Bus {
                 }
                 // Always ready for a command: a kernel that resets through it waits for that.
                 I8042_COMMAND => 0,
+                SLEEP_CONTROL_PORT | SLEEP_STATUS_PORT | RESET_PORT => 0,
                 _ => FLOATING,
             };
         }
@@ -62,8 +65,7 @@ impl Bus {
                 SERIAL_PORT.. if port - SERIAL_PORT < SERIAL_PORTS => {
                     self.uart.write((port - SERIAL_PORT) as u8, *byte);
                 }
-                I8042_COMMAND => self.control.i8042_write(*byte),
-                _ => {}
+                _ => self.control.port_write(port, *byte),
             }
         }
     }

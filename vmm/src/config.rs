@@ -5,8 +5,8 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 
 use mandoline_api::monitor::{
-    Balloon, CacheType, Drive as DriveConfig, MAX_MEM_MIB, MAX_VCPUS, MIN_MEM_MIB, NetworkInterface, RateLimiter,
-    VSOCK_OUT_FD, VmConfig,
+    Balloon, CacheType, Drive as DriveConfig, Hardware, MAX_MEM_MIB, MAX_VCPUS, MIN_MEM_MIB,
+    NetworkInterface, RateLimiter, VSOCK_OUT_FD, VmConfig,
 };
 
 use crate::boot::layout::MAX_DEVICES;
@@ -83,6 +83,8 @@ pub struct Spec {
     pub vcpus: u8,
     /// RAM in bytes.
     pub memory: u64,
+    /// How the guest is told of its hardware.
+    pub hardware: Hardware,
     /// The kernel.
     pub kernel: File,
     /// The initial RAM disk.
@@ -211,6 +213,7 @@ pub fn open(config: &VmConfig, inherited: &mut Inherited) -> Result<Spec, Error>
     Ok(Spec {
         vcpus: machine.vcpu_count,
         memory: machine.mem_size_mib << 20,
+        hardware: machine.hardware,
         kernel,
         initrd,
         command_line,

@@ -4,19 +4,20 @@ use std::sync::Arc;
 
 use kvm_bindings::{KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
-use mandoline_api::monitor::{Phase, RateLimiter};
+use mandoline_api::monitor::{Hardware, Phase, RateLimiter};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::image::Entry;
-use crate::boot::layout::{KVM_TSS, SERIAL_GSI, device_gsi, device_window};
-use crate::boot::loader::{self, Boot};
+use crate::boot::layout::{GENERATION_GSI, KVM_TSS, SERIAL_GSI, device_gsi, device_window};
+use crate::boot::loader::{self, Acpi, Boot};
 use crate::boot::{cpuid, regs};
 use crate::bus::Bus;
 use crate::config::{self, Drive, Interface, Spec};
 use crate::devices::balloon::Balloon;
 use crate::devices::blk::{self, Blk};
 use crate::devices::control::Control;
+use crate::devices::generation::{self, GenerationId};
 use crate::devices::net::Net;
 use crate::devices::net::vhost::{self, VhostNet};
 use crate::devices::rng::Rng;
@@ -59,6 +60,9 @@ pub enum Error {
     /// A vCPU's state.
     #[error(transparent)]
     Vcpu(#[from] vcpu::state::Error),
+    /// The VM generation id.
+    #[error(transparent)]
+    Generation(#[from] generation::Error),
     /// A drive.
     #[error(transparent)]
     Drive(#[from] blk::OpenError),
@@ -111,6 +115,8 @@ pub struct Machine {
     pub control: Arc<Control>,
     /// Guest memory.
     pub memory: Memory,
+    /// The VM generation id, where ACPI tells of it.
+    pub generation: Option<Arc<GenerationId>>,
 }
 
 /// Opens `/dev/kvm`, or takes it inherited.
@@ -153,16 +159,31 @@ pub fn build(kvm_fd: &Kvm, spec: Spec, phases: &Arc<Phases>, boot_timer: bool) -
     let places: Vec<(u64, u32)> = (0..models.len())
         .filter_map(|n| Some((device_window(n), device_gsi(n)?)))
         .collect();
+    let generation = match spec.hardware {
+        Hardware::MpTable => None,
+        Hardware::Acpi => Some(Arc::new(GenerationId::new(memory.clone())?)),
+    };
+    let acpi = generation.clone().map(|generation| Acpi {
+        devices: places.clone(),
+        generation,
+    });
+    // What the tables tell of, the command line need not: both would make every device twice.
+    let told: &[_] = if acpi.is_some() { &[] } else { &places };
     let boot = Boot {
         kernel: spec.kernel,
         initrd: spec.initrd,
-        command_line: loader::command_line(&spec.command_line, &places)?,
+        command_line: loader::command_line(&spec.command_line, told)?,
         vcpus: spec.vcpus,
+        acpi,
     };
     let entry = boot.load(&memory)?;
     phases.mark(Phase::KernelLoaded);
 
     vm.create_irq_chip().map_err(kvm("KVM_CREATE_IRQCHIP"))?;
+    if let Some(generation) = &generation {
+        vm.register_irqfd(generation.line(), GENERATION_GSI)
+            .map_err(kvm("KVM_IRQFD"))?;
+    }
     let exit = Arc::new(ExitLatch::new().map_err(host("eventfd"))?);
     let console = Console::new(phases.clone()).map_err(host("eventfd"))?;
     let line = interrupt_line(&vm, SERIAL_GSI)?;
@@ -183,7 +204,7 @@ pub fn build(kvm_fd: &Kvm, spec: Spec, phases: &Arc<Phases>, boot_timer: bool) -
     }
     let bus = Arc::new(Bus::new(uart.clone(), control.clone(), transports));
 
-    let vcpus = create_vcpus(kvm_fd, &vm, spec.vcpus, entry)?;
+    let vcpus = create_vcpus(kvm_fd, &vm, spec.vcpus, entry, spec.hardware)?;
     let power_on = PowerOn {
         irqchips: irqchips(&vm)?,
         vcpus: vcpus
@@ -208,6 +229,7 @@ pub fn build(kvm_fd: &Kvm, spec: Spec, phases: &Arc<Phases>, boot_timer: bool) -
         console,
         control,
         memory,
+        generation,
     })
 }
 
@@ -291,7 +313,13 @@ fn interrupt_line(vm: &VmFd, gsi: u32) -> Result<EventFd, Error> {
     Ok(line)
 }
 
-fn create_vcpus(kvm_fd: &Kvm, vm: &VmFd, count: u8, entry: Entry) -> Result<Vec<VcpuFd>, Error> {
+fn create_vcpus(
+    kvm_fd: &Kvm,
+    vm: &VmFd,
+    count: u8,
+    entry: Entry,
+    hardware: Hardware,
+) -> Result<Vec<VcpuFd>, Error> {
     let supported = kvm_fd
         .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
         .map_err(kvm("KVM_GET_SUPPORTED_CPUID"))?;
@@ -306,7 +334,7 @@ fn create_vcpus(kvm_fd: &Kvm, vm: &VmFd, count: u8, entry: Entry) -> Result<Vec<
         if let Some(features) = cpuid::xsave_features(&shaped) {
             regs::set_xcr0(&vcpu, cpu, features)?;
         }
-        regs::set(&vcpu, cpu, entry)?;
+        regs::set(&vcpu, cpu, entry, hardware)?;
         vcpus.push(vcpu);
     }
     Ok(vcpus)

@@ -11,7 +11,9 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
-use mandoline_api::monitor::{ExitReason, InstanceState, IoEngine, Phase, RateLimiter, RunState, StateLine};
+use mandoline_api::monitor::{
+    ExitReason, Hardware, InstanceState, IoEngine, Phase, RateLimiter, RunState, StateLine,
+};
 use mandoline_vmm::boot::{bzimage, elf};
 use mandoline_vmm::config::{Drive, Spec};
 use mandoline_vmm::devices::blk;
@@ -141,6 +143,7 @@ fn spec(code: Code) -> Spec {
     Spec {
         vcpus: 1,
         memory: 16 << 20,
+        hardware: Hardware::MpTable,
         kernel: file(&elf::tiny(&code.0, ENTRY)),
         initrd: None,
         command_line: String::new(),
@@ -332,6 +335,27 @@ fn a_kernel_without_a_pvh_note_starts_in_long_mode_with_the_zero_page() {
         let Some(outcome) = run(spec) else { return };
         assert_eq!(outcome.exit.reason, ExitReason::Shutdown, "{:?}", outcome.exit);
         assert_eq!(String::from_utf8_lossy(&outcome.output), "Hdq");
+    }
+}
+
+#[test]
+fn acpi_leads_to_its_tables_and_powers_off_and_resets() {
+    let root = |code: Code| {
+        code // hvm_start_info's rsdp_paddr: mov eax, [ebx + 32]; mov eax, [eax]
+            .raw(&[0x8b, 0x43, 32, 0x8b, 0x00])
+            .print_al()
+            .raw(&[0xc1, 0xe8, 16]) // shr eax, 16
+            .print_al()
+    };
+    for (port, value, reason) in [
+        (0x600, 0x34, ExitReason::Shutdown),
+        (0x602, 1, ExitReason::Reboot),
+    ] {
+        let mut spec = spec(root(Code::default()).out(port, value).raw(&[0xeb, 0xfe]));
+        spec.hardware = Hardware::Acpi;
+        let Some(outcome) = run(spec) else { return };
+        assert_eq!(outcome.exit.reason, reason);
+        assert_eq!(String::from_utf8_lossy(&outcome.output), "RD");
     }
 }
 

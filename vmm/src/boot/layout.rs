@@ -11,6 +11,8 @@
 //! 0x0002_0000    kernel command line (2 KiB)
 //! 0x0009_fc00    MP table (the last KiB of base memory, where kernels look for it)
 //! 0x000a_0000  hole of the old PC
+//! 0x000e_0000    ACPI tables, RSDP first
+//! 0x000f_0000    VM generation id, in a page of its own
 //! 0x0010_0000  RAM (high): kernel, ... initial RAM disk at the end of low RAM
 //! 0xc000_0000  MMIO: boot/exit page, then one 4 KiB page for each virtio device
 //! 0xfec0_0000  IOAPIC        0xfee0_0000  local APIC        0xfffb_d000  KVM's TSS (Intel)
@@ -41,6 +43,14 @@ pub const COMMAND_LINE_SIZE: usize = 2048;
 pub const MP_TABLE: u64 = 0x9_fc00;
 /// Room for the MP table: up to the end of base memory.
 pub const MP_TABLE_SIZE: usize = 0x400;
+/// Where the ACPI tables stand: the RSDP, where kernels that are not told look for it, then the others.
+pub const ACPI_TABLES: u64 = 0xe_0000;
+/// Room for the ACPI tables.
+pub const ACPI_TABLES_SIZE: u64 = 0x1_0000;
+/// Where the VM generation id stands: in a page of its own, below 1 MiB but outside what a kernel takes for RAM.
+pub const GENERATION_ID: u64 = 0xf_0000;
+/// The page of the VM generation id.
+pub const GENERATION_ID_SIZE: u64 = 0x1000;
 /// First byte of high memory: nothing of a kernel may be loaded below.
 pub const HIGH_RAM: u64 = 0x10_0000;
 /// Where the hole for devices begins: RAM stops here and goes on at [`RAM_ABOVE_HOLE`].
@@ -59,6 +69,8 @@ pub const LOCAL_APIC: u32 = 0xfee0_0000;
 pub const KVM_TSS: usize = 0xfffb_d000;
 /// Number of the serial port's interrupt line.
 pub const SERIAL_GSI: u32 = 4;
+/// Number of the interrupt line by which a new VM generation id is announced.
+pub const GENERATION_GSI: u32 = 3;
 /// Pins of the IOAPIC.
 pub const IOAPIC_PINS: u32 = 24;
 

@@ -11,8 +11,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::boot::bzimage::{BOOT_FLAG, MAGIC};
 use crate::boot::layout::{COMMAND_LINE, GDT, PAGE_TABLES, RNG_SEED, ZERO_PAGE};
-use crate::boot::loader::{Error, write_error};
-use crate::boot::memory_map::Range;
+use crate::boot::loader::{Error, Found, write_error};
 use crate::memory::Memory;
 
 /// The protocol that a kernel without a header of its own is told of: 2.15, of Linux 5.5.
@@ -38,13 +37,12 @@ const GIB: u64 = 1 << 30;
 /// How much entropy the seed has: as Linux's generator wants.
 const SEED_BYTES: usize = 32;
 
-/// Writes them. `header`: the image's own setup header; `initrd`: where it lies and its size; `mapped`: the first
-/// address that need not be mapped, at most 4 GiB.
-pub fn write(
+/// Writes them. `header`: the image's own setup header; `mapped`: the first address that need not be mapped, at
+/// most 4 GiB.
+pub(super) fn write(
     memory: &Memory,
+    found: &Found<'_>,
     header: Option<setup_header>,
-    map: &[Range],
-    initrd: Option<(u64, u64)>,
     mapped: u64,
 ) -> Result<(), Error> {
     let mut parameters = boot_params {
@@ -55,18 +53,19 @@ pub fn write(
             loadflags: LOADED_HIGH,
             ..Default::default()
         }),
+        acpi_rsdp_addr: found.rsdp.unwrap_or(0),
         ..Default::default()
     };
     parameters.hdr.type_of_loader = LOADER;
     parameters.hdr.cmd_line_ptr = COMMAND_LINE as u32;
     parameters.hdr.setup_data = RNG_SEED;
-    if let Some((start, bytes)) = initrd {
+    if let Some((start, bytes)) = found.initrd {
         // Both below 4 GiB: it lies in low RAM.
         parameters.hdr.ramdisk_image = start as u32;
         parameters.hdr.ramdisk_size = bytes as u32;
     }
     let mut table = { parameters.e820_table };
-    for (entry, range) in table.iter_mut().zip(map) {
+    for (entry, range) in table.iter_mut().zip(found.map) {
         *entry = boot_e820_entry {
             addr: range.start,
             size: range.bytes,
@@ -74,7 +73,7 @@ pub fn write(
         };
     }
     parameters.e820_table = table;
-    parameters.e820_entries = map.len().min(table.len()) as u8;
+    parameters.e820_entries = found.map.len().min(table.len()) as u8;
     let parameters = BootParams::new(&parameters, GuestAddress(ZERO_PAGE));
     LinuxBootConfigurator::write_bootparams(&parameters, memory).map_err(write_error("boot_params"))?;
 
@@ -118,7 +117,7 @@ fn write_page_tables(memory: &Memory, mapped: u64) -> Result<(), Error> {
     write(pdpt, &pointers)?;
     for n in 0..directories {
         let pages: Vec<u64> = (0..ENTRIES as u64)
-            .map(|page| n * GIB + page * LARGE_PAGE | LARGE | PRESENT_WRITABLE)
+            .map(|page| (n * GIB + page * LARGE_PAGE) | LARGE | PRESENT_WRITABLE)
             .collect();
         write(directory(n), &pages)?;
     }
@@ -131,6 +130,12 @@ mod tests {
 
     use super::*;
     use crate::boot::memory_map;
+
+    const NOTHING: Found<'static> = Found {
+        map: &[],
+        initrd: None,
+        rsdp: None,
+    };
 
     fn number(memory: &Memory, address: u64) -> u64 {
         memory.read_obj(GuestAddress(address)).unwrap()
@@ -146,7 +151,7 @@ mod tests {
             }
             table = entry & 0x000f_ffff_ffff_f000;
             if entry & LARGE != 0 {
-                return Some(table + (address & (1 << shift) - 1));
+                return Some(table + (address & ((1 << shift) - 1)));
             }
         }
         None
@@ -156,7 +161,7 @@ mod tests {
     fn what_must_be_mapped_is_mapped_at_its_own_address() {
         for (mapped, end) in [(5, GIB), (GIB + 1, 2 * GIB), (4 * GIB, 4 * GIB)] {
             let memory = crate::memory::create(16 << 20).unwrap();
-            write(&memory, None, &[], None, mapped).unwrap();
+            write(&memory, &NOTHING, None, mapped).unwrap();
             for address in [0, ZERO_PAGE, 0x12_3456, mapped - 1, end - 1] {
                 assert_eq!(translate(&memory, address), Some(address), "{address:#x}");
             }
@@ -174,9 +179,15 @@ mod tests {
             header: MAGIC,
             ..Default::default()
         };
-        let map = memory_map::build(&memory);
-        write(&memory, Some(header), &map, Some((0x200_0000, 4097)), GIB).unwrap();
+        let map = memory_map::build(&memory, true);
+        let found = Found {
+            map: &map,
+            initrd: Some((0x200_0000, 4097)),
+            rsdp: Some(0xe_0000),
+        };
+        write(&memory, &found, Some(header), GIB).unwrap();
         let page: boot_params = memory.read_obj(GuestAddress(ZERO_PAGE)).unwrap();
+        assert_eq!({ page.acpi_rsdp_addr }, 0xe_0000);
         let hdr = { page.hdr };
         assert_eq!(({ hdr.version }, { hdr.type_of_loader }), (0x20c, 0xff));
         assert_eq!(
@@ -196,7 +207,7 @@ mod tests {
     fn every_start_has_another_seed() {
         let seed = || {
             let memory = crate::memory::create(16 << 20).unwrap();
-            write(&memory, None, &[], None, GIB).unwrap();
+            write(&memory, &NOTHING, None, GIB).unwrap();
             let mut node = [0u8; 16 + SEED_BYTES];
             memory.read_slice(&mut node, GuestAddress(RNG_SEED)).unwrap();
             node

@@ -8,14 +8,16 @@
 use std::fs::File;
 use std::io::Seek;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 
 use linux_loader::cmdline::Cmdline;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, ReadVolatile, VolatileSlice};
 
 use crate::boot::image::{self, Entry, Image, Segment};
-use crate::boot::layout::{COMMAND_LINE, COMMAND_LINE_SIZE, HIGH_RAM, MMIO_WINDOW, MP_TABLE};
-use crate::boot::memory_map::low_ram_end;
-use crate::boot::{linux64, memory_map, mptable, pvh};
+use crate::boot::layout::{ACPI_TABLES, COMMAND_LINE, COMMAND_LINE_SIZE, HIGH_RAM, MMIO_WINDOW, MP_TABLE};
+use crate::boot::memory_map::{Range, low_ram_end};
+use crate::boot::{acpi, linux64, memory_map, mptable, pvh};
+use crate::devices::generation::GenerationId;
 use crate::memory::Memory;
 
 const PAGE: u64 = 4096;
@@ -87,6 +89,9 @@ pub enum Error {
     /// Too many CPUs.
     #[error(transparent)]
     MpTable(#[from] mptable::TableTooLong),
+    /// Too many of something for ACPI.
+    #[error(transparent)]
+    Acpi(#[from] acpi::TablesTooLong),
 }
 
 /// What is loaded at the guest's start, and once more when it reboots.
@@ -99,6 +104,26 @@ pub struct Boot {
     pub command_line: Cmdline,
     /// vCPUs.
     pub vcpus: u8,
+    /// What ACPI tells of; without it the guest is told of its hardware by the MP table and the command line.
+    pub acpi: Option<Acpi>,
+}
+
+/// What ACPI tells of beyond the vCPUs.
+pub struct Acpi {
+    /// Virtio devices: (window, interrupt line).
+    pub devices: Vec<(u64, u32)>,
+    /// The VM generation id.
+    pub generation: Arc<GenerationId>,
+}
+
+/// What the guest has to find, by either protocol.
+pub(super) struct Found<'a> {
+    /// Its memory.
+    pub map: &'a [Range],
+    /// Where the initial RAM disk lies and its size.
+    pub initrd: Option<(u64, u64)>,
+    /// Where ACPI's root pointer lies.
+    pub rsdp: Option<u64>,
 }
 
 impl Boot {
@@ -126,14 +151,32 @@ impl Boot {
         memory
             .write_slice(line.as_bytes_with_nul(), GuestAddress(COMMAND_LINE))
             .map_err(write_error("command line"))?;
-        memory
-            .write_slice(&mptable::build(self.vcpus)?, GuestAddress(MP_TABLE))
-            .map_err(write_error("MP table"))?;
-
-        let map = memory_map::build(memory);
+        let rsdp = match &self.acpi {
+            None => {
+                memory
+                    .write_slice(&mptable::build(self.vcpus)?, GuestAddress(MP_TABLE))
+                    .map_err(write_error("MP table"))?;
+                None
+            }
+            Some(acpi) => {
+                memory
+                    .write_slice(
+                        &acpi::build(self.vcpus, &acpi.devices)?,
+                        GuestAddress(ACPI_TABLES),
+                    )
+                    .map_err(write_error("ACPI tables"))?;
+                acpi.generation.write().map_err(write_error("VM generation id"))?;
+                Some(ACPI_TABLES)
+            }
+        };
+        let found = Found {
+            map: &memory_map::build(memory, rsdp.is_some()),
+            initrd,
+            rsdp,
+        };
         match image.entry {
-            Entry::Pvh { .. } => pvh::write(memory, &map, initrd)?,
-            Entry::Linux64 { .. } => linux64::write(memory, image.header, &map, initrd, kernel_end)?,
+            Entry::Pvh { .. } => pvh::write(memory, &found)?,
+            Entry::Linux64 { .. } => linux64::write(memory, &found, image.header, kernel_end)?,
         }
         Ok(image.entry)
     }
@@ -289,6 +332,7 @@ mod tests {
             initrd: initrd.map(file),
             command_line: command_line(line, &[]).unwrap(),
             vcpus: 1,
+            acpi: None,
         }
     }
 

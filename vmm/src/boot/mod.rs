@@ -1,6 +1,7 @@
-//! From a kernel file to a guest's first instruction: image formats, boot protocols, the memory map, the MP table,
-//! CPUID and registers.
+//! From a kernel file to a guest's first instruction: image formats, boot protocols, the memory map, the MP table
+//! or ACPI, CPUID and registers.
 
+pub mod acpi;
 pub mod bzimage;
 pub mod cpuid;
 pub mod elf;

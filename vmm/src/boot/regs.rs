@@ -7,6 +7,7 @@
 
 use kvm_bindings::{Msrs, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs, kvm_xcr, kvm_xcrs};
 use kvm_ioctls::VcpuFd;
+use mandoline_api::monitor::Hardware;
 
 use crate::boot::image::Entry;
 use crate::boot::layout::{GDT, PAGE_TABLES, START_INFO, ZERO_PAGE};
@@ -28,6 +29,7 @@ const MTRR_ON_WRITE_BACK: u64 = 1 << 11 | 6;
 
 const LVT_LINT0: usize = 0x350;
 const LVT_LINT1: usize = 0x360;
+const LVT_MASKED: u32 = 1 << 16;
 const DELIVERY_NMI: u32 = 4 << 8;
 const DELIVERY_EXTERNAL: u32 = 7 << 8;
 const DELIVERY_MASK: u32 = 7 << 8;
@@ -68,10 +70,10 @@ pub fn set_xcr0(vcpu: &VcpuFd, cpu: u8, supported: u64) -> Result<(), Error> {
 }
 
 /// Sets the registers of one vCPU; the boot processor (0) starts at `entry`.
-pub fn set(vcpu: &VcpuFd, cpu: u8, entry: Entry) -> Result<(), Error> {
+pub fn set(vcpu: &VcpuFd, cpu: u8, entry: Entry, hardware: Hardware) -> Result<(), Error> {
     let failed = |call| move |source| Error { call, cpu, source };
     set_msrs(vcpu).map_err(failed("KVM_SET_MSRS"))?;
-    set_lapic(vcpu).map_err(failed("KVM_SET_LAPIC"))?;
+    set_lapic(vcpu, hardware).map_err(failed("KVM_SET_LAPIC"))?;
     if cpu != 0 {
         return Ok(());
     }
@@ -186,10 +188,15 @@ fn set_msrs(vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
     vcpu.set_msrs(&msrs).map(|_| ())
 }
 
-/// Virtual wire mode (MP specification 3.6.2.2): LINT0 takes the PIC's interrupts, LINT1 the NMI.
-fn set_lapic(vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
+/// LINT1 takes the NMI. With an MP table LINT0 takes the PIC's interrupts (virtual wire mode, MP specification
+/// 3.6.2.2). ACPI tells of no PIC, so no kernel would ever silence the one that KVM has: it is shut out here.
+fn set_lapic(vcpu: &VcpuFd, hardware: Hardware) -> Result<(), kvm_ioctls::Error> {
     let mut lapic = vcpu.get_lapic()?;
-    for (offset, mode) in [(LVT_LINT0, DELIVERY_EXTERNAL), (LVT_LINT1, DELIVERY_NMI)] {
+    let lint0 = match hardware {
+        Hardware::MpTable => DELIVERY_EXTERNAL,
+        Hardware::Acpi => LVT_MASKED,
+    };
+    for (offset, mode) in [(LVT_LINT0, lint0), (LVT_LINT1, DELIVERY_NMI)] {
         let mut bytes = [0u8; 4];
         for (byte, register) in bytes.iter_mut().zip(&lapic.regs[offset..offset + 4]) {
             *byte = *register as u8;

@@ -1,5 +1,6 @@
-//! How a guest ends or marks itself: the boot/exit page (see `mandoline_api::monitor`) and the one command of
-//! the i8042 keyboard controller that matters here, the pulse on the CPU's reset line.
+//! How a guest ends or marks itself: the boot/exit page (see `mandoline_api::monitor`), the one command of the i8042
+//! keyboard controller that matters here, the pulse on the CPU's reset line, and the sleep and reset registers of
+//! hardware-reduced ACPI (specification 4.8.3).
 
 use std::sync::Arc;
 
@@ -16,6 +17,18 @@ use crate::state::Phases;
 /// The i8042's status and command port.
 pub const I8042_COMMAND: u16 = 0x64;
 const I8042_RESET_CPU: u8 = 0xfe;
+/// ACPI's sleep control register: a type in bits 2 to 4, and bit 5 enters it.
+pub const SLEEP_CONTROL_PORT: u16 = 0x600;
+/// ACPI's sleep status register: its one bit says that the system woke, which it never does.
+pub const SLEEP_STATUS_PORT: u16 = 0x601;
+/// ACPI's reset register.
+pub const RESET_PORT: u16 = 0x602;
+/// What resets when written to [`RESET_PORT`].
+pub const RESET_VALUE: u8 = 1;
+/// The sleep type of S5, soft off; the DSDT's `_S5` says so.
+pub const SLEEP_TYPE_OFF: u8 = 5;
+const SLEEP_ENABLE: u8 = 1 << 5;
+const SLEEP_TYPE_SHIFT: u8 = 2;
 /// What a panicking Linux prints.
 const PANIC_MARK: &str = "Kernel panic";
 
@@ -67,11 +80,19 @@ impl Control {
         }
     }
 
-    /// A write to the i8042's command port.
-    pub fn i8042_write(&self, value: u8) {
-        if value != I8042_RESET_CPU {
-            return;
+    /// A write to one of the ports above.
+    pub fn port_write(&self, port: u16, value: u8) {
+        match (port, value) {
+            (I8042_COMMAND, I8042_RESET_CPU) | (RESET_PORT, RESET_VALUE) => self.reset(),
+            (SLEEP_CONTROL_PORT, value) if value == SLEEP_TYPE_OFF << SLEEP_TYPE_SHIFT | SLEEP_ENABLE => {
+                self.exit.close(ExitReason::Shutdown, None);
+            }
+            _ => {}
         }
+    }
+
+    /// A panicking kernel ends with a reset, too: what it printed last tells.
+    fn reset(&self) {
         let tail = self.console.tail();
         match tail.rfind(PANIC_MARK) {
             Some(at) => self.exit.close(ExitReason::Panic, Some(tail[at..].to_owned())),
@@ -127,11 +148,32 @@ mod tests {
         for byte in b"x\nKernel panic - not syncing: oops\n" {
             uart.write(0, *byte);
         }
-        control.i8042_write(0xd1);
+        control.port_write(I8042_COMMAND, 0xd1);
         assert!(!exit.is_closed());
-        control.i8042_write(0xfe);
+        control.port_write(I8042_COMMAND, 0xfe);
         let exit = exit.get().unwrap();
         assert_eq!(exit.reason, ExitReason::Panic);
         assert_eq!(exit.detail.unwrap(), "Kernel panic - not syncing: oops\n");
+    }
+
+    #[test]
+    fn acpi_sleeps_for_good_and_resets() {
+        let (control, _, exit, _) = control(false);
+        // Other types, the type without "enable", "woke" cleared, and a reset value that is none.
+        for (port, value) in [
+            (0x600, 0x20),
+            (0x600, 0x2c),
+            (0x600, 0x14),
+            (0x601, 0x80),
+            (0x602, 0),
+        ] {
+            control.port_write(port, value);
+            assert!(!exit.is_closed(), "{port:#x} {value:#x}");
+        }
+        control.port_write(0x600, 0x34);
+        assert_eq!(exit.get().unwrap().reason, ExitReason::Shutdown);
+        let (control, _, exit, _) = self::control(false);
+        control.port_write(0x602, 1);
+        assert_eq!(exit.get().unwrap().reason, ExitReason::Reboot);
     }
 }
