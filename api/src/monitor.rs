@@ -25,10 +25,12 @@
 //! (`panic=1` on the command line makes a panicking kernel reset itself).
 
 mod config;
+mod output;
 
 use serde::{Deserialize, Serialize};
 
 pub use config::*;
+pub use output::*;
 
 /// Guest-physical address of the boot/exit page: the first page of the MMIO hole.
 pub const EXIT_PAGE: u64 = 0xc000_0000;
@@ -49,6 +51,9 @@ pub const EXIT_PANIC: u8 = 3;
 
 /// The prefix by which a descriptor is named where a path may stand.
 pub const FD_PREFIX: &str = "fd:";
+/// The header of a request on the control socket that names the descriptors which come with it (`SCM_RIGHTS`), in their
+/// order and separated by commas (ours): then `fd:NAME` may stand in the body where a path may.
+pub const FD_NAMES_HEADER: &str = "Mandoline-Fd-Names";
 /// Name of the inherited `SOCK_SEQPACKET` socket on which the monitor hands out streams that the guest opens.
 pub const VSOCK_OUT_FD: &str = "vsock-out";
 
@@ -75,6 +80,13 @@ pub struct InstanceInfo {
     pub state: InstanceState,
     /// The monitor's version.
     pub vmm_version: String,
+}
+
+/// `GET /version`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Version {
+    /// The monitor's version, under the name that Firecracker's clients ask for.
+    pub firecracker_version: String,
 }
 
 /// Whether the vCPUs run.
@@ -123,7 +135,7 @@ pub struct Action {
 pub enum ActionType {
     /// Write the metrics out.
     FlushMetrics,
-    /// Boot; refused after boot, and the monitor boots by itself from its configuration file.
+    /// Boot; refused after boot. From a configuration file the monitor boots by itself.
     InstanceStart,
     /// Press Ctrl-Alt-Del on the guest's keyboard.
     SendCtrlAltDel,

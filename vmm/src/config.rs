@@ -108,11 +108,18 @@ pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=1 reboot=k 
 
 /// Reads a configuration file.
 pub fn parse(text: &str) -> Result<VmConfig, Error> {
-    Ok(serde_json::from_str(text)?)
+    let mut config: VmConfig = serde_json::from_str(text)?;
+    order_drives(&mut config.drives);
+    Ok(config)
 }
 
-/// Checks a configuration and opens what it names.
-pub fn open(config: &VmConfig, inherited: &mut Inherited) -> Result<Spec, Error> {
+/// Puts the root drive first, as Firecracker does: it is `vda` wherever it was listed.
+pub fn order_drives(drives: &mut [mandoline_api::monitor::Drive]) {
+    drives.sort_by_key(|drive| !drive.is_root_device);
+}
+
+/// Checks what can be checked without opening anything.
+pub fn check(config: &VmConfig) -> Result<(), Error> {
     let machine = &config.machine_config;
     if machine.vcpu_count == 0 || machine.vcpu_count > MAX_VCPUS {
         return Err(value(
@@ -148,7 +155,46 @@ pub fn open(config: &VmConfig, inherited: &mut Inherited) -> Result<Spec, Error>
             format!("up to {MAX_DEVICES}"),
         ));
     }
+    let roots = config.drives.iter().filter(|drive| drive.is_root_device).count()
+        + config.pmem.iter().filter(|pmem| pmem.root_device).count();
+    if roots > 1 {
+        return Err(value("number of root devices", roots, "up to 1"));
+    }
+    for (index, drive) in config.drives.iter().enumerate() {
+        if config.drives[..index]
+            .iter()
+            .any(|other| other.drive_id == drive.drive_id)
+        {
+            return Err(value("drive_id", &drive.drive_id, "one that no other drive has"));
+        }
+    }
+    for interface in &config.network_interfaces {
+        interface.guest_mac.as_deref().map(parse_mac).transpose()?;
+        if let Some(mtu) = interface.mtu
+            && mtu < 68
+        {
+            return Err(value("mtu", mtu, "68 to 65535"));
+        }
+    }
+    if let Some(vsock) = &config.vsock
+        && (vsock.guest_cid < 3 || vsock.guest_cid == u32::MAX)
+    {
+        return Err(value("guest_cid", vsock.guest_cid, "3 to 4294967294"));
+    }
+    if config
+        .serial
+        .as_ref()
+        .is_some_and(|serial| serial.rate_limiter.is_some())
+    {
+        return Err(value("serial.rate_limiter", "there", "none"));
+    }
+    Ok(())
+}
 
+/// Checks a configuration and opens what it names.
+pub fn open(config: &VmConfig, inherited: &mut Inherited) -> Result<Spec, Error> {
+    check(config)?;
+    let machine = &config.machine_config;
     let boot = &config.boot_source;
     let kernel = inherited.file("kernel_image_path", &boot.kernel_image_path, false)?;
     let initrd = boot
@@ -163,12 +209,6 @@ pub fn open(config: &VmConfig, inherited: &mut Inherited) -> Result<Spec, Error>
 
     let mut drives = Vec::new();
     for (index, drive) in config.drives.iter().enumerate() {
-        if config.drives[..index]
-            .iter()
-            .any(|other| other.drive_id == drive.drive_id)
-        {
-            return Err(value("drive_id", &drive.drive_id, "one that no other drive has"));
-        }
         let what = format!("drive {}", drive.drive_id);
         let file = inherited.file(&what, &drive.path_on_host, !drive.is_read_only)?;
         let options = blk::Options {
@@ -198,9 +238,6 @@ pub fn open(config: &VmConfig, inherited: &mut Inherited) -> Result<Spec, Error>
     let vsock = match &config.vsock {
         None => None,
         Some(vsock) => {
-            if vsock.guest_cid < 3 || vsock.guest_cid == u32::MAX {
-                return Err(value("guest_cid", vsock.guest_cid, "3 to 4294967294"));
-            }
             let (listener, outward) = open_vsock(&vsock.uds_path, inherited)?;
             Some(Vsock {
                 guest_cid: vsock.guest_cid,
@@ -268,11 +305,6 @@ fn open_interface(interface: &NetworkInterface, inherited: &mut Inherited) -> Re
     };
     tap::prepare(&tap, name)?;
     let mac = interface.guest_mac.as_deref().map(parse_mac).transpose()?;
-    if let Some(mtu) = interface.mtu
-        && mtu < 68
-    {
-        return Err(value("mtu", mtu, "68 to 65535"));
-    }
     let vhost = open_vhost(interface, inherited)?;
     Ok(Interface {
         id: interface.iface_id.clone(),
@@ -427,6 +459,28 @@ mod tests {
         for wrong in ["", "a b", "1 init=/bin/sh", &"0".repeat(37)] {
             assert!(refused(&drive(wrong)).starts_with("partuuid is"), "{wrong}");
         }
+    }
+
+    #[test]
+    fn the_root_drive_is_the_first_wherever_it_is_listed() {
+        let drive = |name: &str, root: bool| {
+            format!(r#"{{"drive_id": "{name}", "path_on_host": "/dev/null", "is_root_device": {root}}}"#)
+        };
+        let two = format!(
+            r#", "drives": [{}, {}]"#,
+            drive("data", false),
+            drive("root", true)
+        );
+        let names: Vec<_> = config(&two)
+            .drives
+            .into_iter()
+            .map(|drive| drive.drive_id)
+            .collect();
+        assert_eq!(names, ["root", "data"]);
+        let roots = format!(r#", "drives": [{}, {}]"#, drive("a", true), drive("b", true));
+        assert_eq!(refused(&roots), "number of root devices is 2; allowed: up to 1");
+        let twice = format!(r#", "drives": [{}, {}]"#, drive("a", false), drive("a", false));
+        assert!(refused(&twice).starts_with("drive_id is a;"));
     }
 
     #[test]

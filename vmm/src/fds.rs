@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use mandoline_api::monitor::FD_PREFIX;
@@ -40,6 +41,30 @@ pub enum Error {
         name: String,
         /// The names that are left.
         known: String,
+    },
+    /// Twice the same name.
+    #[error("descriptor {name:?}: the name is empty, has a colon, or is taken already")]
+    Name {
+        /// The name.
+        name: String,
+    },
+    /// A path where none can be opened.
+    #[error(
+        "{what} is {path:?}; allowed: fd:NAME of a descriptor that comes with the request, since this monitor is jailed"
+    )]
+    Jailed {
+        /// What wanted it.
+        what: String,
+        /// The path.
+        path: String,
+    },
+    /// A descriptor cannot be duplicated.
+    #[error("duplicating descriptor {name:?}: {source}")]
+    Duplicate {
+        /// Its name.
+        name: String,
+        /// What the host said.
+        source: std::io::Error,
     },
     /// A path cannot be opened.
     #[error("{what}: opening {path}: {source}")]
@@ -80,6 +105,28 @@ impl std::str::FromStr for Named {
             name: name.to_owned(),
             number,
         })
+    }
+}
+
+/// Whether a request may name paths: not once the monitor stands in an empty root.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Paths {
+    /// They are opened as ever.
+    Allowed,
+    /// There are none.
+    Jailed,
+}
+
+impl Paths {
+    /// Refuses `source` if it is a path and there are none.
+    pub fn check(self, what: &str, source: &str) -> Result<(), Error> {
+        if self == Self::Jailed && !source.starts_with(FD_PREFIX) {
+            return Err(Error::Jailed {
+                what: what.to_owned(),
+                path: source.to_owned(),
+            });
+        }
+        Ok(())
     }
 }
 
@@ -125,6 +172,62 @@ impl Inherited {
         Ok(Self(inherited))
     }
 
+    /// Adds a descriptor that came later.
+    pub fn insert(&mut self, name: &str, fd: OwnedFd) -> Result<(), Error> {
+        if name.is_empty() || name.contains(':') || self.0.contains_key(name) {
+            return Err(Error::Name {
+                name: name.to_owned(),
+            });
+        }
+        self.0.insert(name.to_owned(), fd);
+        Ok(())
+    }
+
+    /// Adds all of `more`, or none of it if a name is taken already.
+    pub fn adopt_all(&mut self, more: Inherited) -> Result<(), Error> {
+        if let Some(name) = more.0.keys().find(|name| self.0.contains_key(*name)) {
+            return Err(Error::Name { name: name.clone() });
+        }
+        self.0.extend(more.0);
+        Ok(())
+    }
+
+    /// The same descriptors once more, for an attempt that may fail half-way.
+    pub fn try_clone(&self) -> Result<Self, Error> {
+        let mut copy = HashMap::new();
+        for (name, fd) in &self.0 {
+            let fd = fd.try_clone().map_err(|source| Error::Duplicate {
+                name: name.clone(),
+                source,
+            })?;
+            copy.insert(name.clone(), fd);
+        }
+        Ok(Self(copy))
+    }
+
+    /// Whether `source` is a path, or names a descriptor that is here.
+    pub fn known(&self, what: &str, source: &str) -> Result<(), Error> {
+        match source.strip_prefix(FD_PREFIX) {
+            Some(name) if !self.0.contains_key(name) => Err(self.unknown(what, name)),
+            _ => Ok(()),
+        }
+    }
+
+    fn unknown(&self, what: &str, name: &str) -> Error {
+        let mut known: Vec<&str> = self.0.keys().map(String::as_str).collect();
+        known.sort_unstable();
+        let known = if known.is_empty() {
+            "none".to_owned()
+        } else {
+            known.join(", ")
+        };
+        Error::Unknown {
+            what: what.to_owned(),
+            name: name.to_owned(),
+            known,
+        }
+    }
+
     /// Takes the descriptor `name`, if it was inherited.
     pub fn take(&mut self, name: &str) -> Option<OwnedFd> {
         self.0.remove(name)
@@ -137,20 +240,7 @@ impl Inherited {
         };
         match self.take(name) {
             Some(fd) => Ok(Some(fd)),
-            None => {
-                let mut known: Vec<&str> = self.0.keys().map(String::as_str).collect();
-                known.sort_unstable();
-                let known = if known.is_empty() {
-                    "none".to_owned()
-                } else {
-                    known.join(", ")
-                };
-                Err(Error::Unknown {
-                    what: what.to_owned(),
-                    name: name.to_owned(),
-                    known,
-                })
-            }
+            None => Err(self.unknown(what, name)),
         }
     }
 
@@ -166,16 +256,23 @@ impl Inherited {
         }
     }
 
-    /// Opens `source` for appending, making it if need be.
+    /// Opens `source` for appending, making it if need be. A named pipe is opened so that neither the open nor a write
+    /// ever waits for its reader.
     pub fn sink(&mut self, what: &str, source: &str) -> Result<File, Error> {
-        match self.named(what, source)? {
-            Some(fd) => Ok(fd.into()),
-            None => File::options()
-                .append(true)
-                .create(true)
-                .open(source)
-                .map_err(|error| open_error(what, Path::new(source), error)),
+        if let Some(fd) = self.named(what, source)? {
+            return Ok(fd.into());
         }
+        let mut options = File::options();
+        options
+            .append(true)
+            .create(true)
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
+        let opened = options.open(source).or_else(|error| match error.raw_os_error() {
+            // A pipe that nobody reads yet: with an end of our own for reading it can be opened.
+            Some(libc::ENXIO) => options.read(true).open(source),
+            _ => Err(error),
+        });
+        opened.map_err(|error| open_error(what, Path::new(source), error))
     }
 }
 
@@ -205,6 +302,40 @@ mod tests {
         for text in ["tap0", "tap0=", "=3", "tap0=-1", "a:b=3", "tap0=x"] {
             assert!(text.parse::<Named>().is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn a_pipe_without_a_reader_is_opened_and_never_waits() {
+        use std::io::{ErrorKind, Write};
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &path,
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::RWXU,
+            0,
+        )
+        .unwrap();
+        let mut sink = Inherited::default().sink("log", path.to_str().unwrap()).unwrap();
+        while let Ok(1..) = sink.write(&[b'x'; 4096]) {}
+        assert_eq!(sink.write(b"x").unwrap_err().kind(), ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn descriptors_that_come_later_take_no_name_twice() {
+        let file = || -> OwnedFd { tempfile::tempfile().unwrap().into() };
+        let mut inherited = Inherited::default();
+        inherited.insert("disk", file()).unwrap();
+        assert!(inherited.insert("disk", file()).is_err());
+        assert!(inherited.insert("a:b", file()).is_err());
+        let mut more = Inherited::default();
+        more.insert("other", file()).unwrap();
+        more.insert("disk", file()).unwrap();
+        assert!(inherited.adopt_all(more).is_err());
+        assert!(inherited.known("x", "fd:other").is_err(), "all or none");
+        let mut copy = inherited.try_clone().unwrap();
+        assert!(copy.take("disk").is_some() && inherited.known("x", "fd:disk").is_ok());
     }
 
     #[test]

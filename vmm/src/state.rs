@@ -70,6 +70,17 @@ impl Phases {
         }
     }
 
+    /// The phases before a VM is built, for an attempt to build one.
+    pub fn anew(&self) -> Self {
+        let phases = Self::default();
+        for phase in [Phase::ProcessStart, Phase::Main] {
+            if let Some(ns) = self.reached(phase) {
+                phases.mark_at(phase, ns);
+            }
+        }
+        phases
+    }
+
     /// When a phase was reached.
     pub fn reached(&self, phase: Phase) -> Option<u64> {
         match self.reached[phase as usize].load(Ordering::Relaxed) {

@@ -1,10 +1,18 @@
 //! `mandoline-vmm vm`: from the command line to the guest's end, in the order that the jail demands: open
 //! everything, build the machine, give everything up, run.
+//!
+//! ```text
+//!  --config-file ---------------------------> build ----> boot (jail, threads) ----> the guest's end
+//!  --api-sock alone --> configure --------->    |
+//!                           ^   InstanceStart   |
+//!                           +--- it failed -----+
+//! ```
 
 use std::fs::File;
 use std::io::{Read, Seek};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 
@@ -12,20 +20,27 @@ use mandoline_api::monitor::{ExitReason, Phase, RunState, VSOCK_OUT_KEPT_FD, VmC
 use rustix::fs::OFlags;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::api::{routes, server};
-use crate::cli::{OnReboot, Switch, VmArgs};
+use crate::api::configuring::Configuring;
+use crate::api::http::Response;
+use crate::api::running::Running;
+use crate::api::server::{Left, Server, Waiting};
+use crate::cli::{OnReboot, VmArgs};
 use crate::devices::vsock::outward::Outward;
 use crate::exit::{Exit, ExitLatch};
-use crate::fds::{self, Inherited};
+use crate::fds::{self, Inherited, Paths};
 use crate::jail::seccomp::Role;
 use crate::jail::{self, Identity, seccomp};
+use crate::machine::Machine;
 use crate::monitor::{Calls, Parts, Terminal};
-use crate::state::{Phases, StateFile};
+use crate::state::{Phases, StateFile, monotonic_ns};
 use crate::{config, log, machine, monitor};
 
 /// The monitor could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// No configuration and no control socket.
+    #[error("there is neither a configuration file nor a control socket")]
+    Nothing,
     /// A descriptor or path.
     #[error(transparent)]
     Fd(#[from] fds::Error),
@@ -62,7 +77,7 @@ fn host(what: &'static str) -> impl Fn(std::io::Error) -> Error {
 pub fn run(args: &VmArgs) -> Exit {
     let phases = Arc::new(Phases::default());
     phases.mark(Phase::Main);
-    if let Some(ns) = args.start_time_ns {
+    if let Some(ns) = args.started() {
         phases.mark_at(Phase::ProcessStart, ns);
     }
     // The state file comes first, so that whatever fails afterwards is in it.
@@ -109,29 +124,158 @@ fn start(
     phases: &Arc<Phases>,
     log_fd: i32,
 ) -> Result<Exit, Error> {
+    log::change(&args.logger(), &mut inherited)?;
     // `run` deals with Ctrl-C itself, and the terminal sends it to both.
     let signals = monitor::signals(!args.die_with_parent)?;
-    let vm_config = read_config(args, &mut inherited)?;
-    let spec = config::open(&vm_config, &mut inherited)?;
-    let by_path = spec
-        .vsock
-        .as_ref()
-        .is_some_and(|vsock| matches!(vsock.outward, Outward::Path(_)));
-    let devices = if by_path {
-        Role::DevicesByPath
-    } else {
-        Role::Devices
-    };
-    let terminal = terminal(args, &mut inherited)?;
-    let api = args
+    let server = args
         .api_sock
         .as_deref()
-        .map(|path| api_socket(path, &mut inherited))
+        .map(|path| control_socket(path, &mut inherited))
         .transpose()?;
-    phases.mark(Phase::ConfigRead);
+    match (&args.config_file, server) {
+        (Some(path), server) => {
+            let config = read_config(path, &mut inherited)?;
+            if let Some(logger) = &config.logger {
+                log::change(logger, &mut inherited)?;
+            }
+            let built = build(args, config, inherited, phases.clone())?;
+            let from = args.started().or(phases.reached(Phase::Main)).unwrap_or(0);
+            let api = server.map(|server| (server, None));
+            boot(args, built, api, state, signals, log_fd, from)
+        }
+        (None, Some(server)) => configure(args, server, inherited, state, phases, signals, log_fd),
+        (None, None) => Err(Error::Nothing),
+    }
+}
 
-    let kvm = machine::open_kvm(inherited.take("kvm"))?;
-    let machine = machine::build(&kvm, spec, phases, args.boot_timer)?;
+/// Serves the control socket until it says that the VM shall start, and it can.
+fn configure(
+    args: &VmArgs,
+    mut server: Server,
+    inherited: Inherited,
+    mut state: StateFile,
+    phases: &Arc<Phases>,
+    signals: OwnedFd,
+    log_fd: i32,
+) -> Result<Exit, Error> {
+    if args.die_with_parent {
+        jail::die_with_parent()?;
+    }
+    let mut configuring = Configuring {
+        id: args.id.clone(),
+        config: VmConfig::default(),
+        fds: inherited,
+    };
+    loop {
+        let left = server
+            .serve(Some(signals.as_fd()), &mut |request, fds| {
+                configuring.answer(request, fds)
+            })
+            .map_err(host("control socket"))?;
+        let Left::Waiting(waiting) = left else {
+            let detail = Some("a signal, before boot".to_owned());
+            state.state(RunState::Exited, Some(ExitReason::Killed), detail.clone());
+            return Ok(Exit {
+                reason: ExitReason::Killed,
+                detail,
+            });
+        };
+        let from = monotonic_ns();
+        // Whatever the attempt takes and marks is its own: if it fails, all is as before.
+        let attempt = configuring.fds.try_clone().map_err(Error::from).and_then(|fds| {
+            let config = configuring.config.clone();
+            build(args, config, fds, Arc::new(phases.anew()))
+        });
+        match attempt {
+            Ok(built) => {
+                drop(configuring);
+                return boot(
+                    args,
+                    built,
+                    Some((server, Some(waiting))),
+                    state,
+                    signals,
+                    log_fd,
+                    from,
+                );
+            }
+            Err(error) => {
+                tracing::error!("InstanceStart: {error}");
+                server.answer(&waiting, &Response::fault(400, error.to_string()));
+            }
+        }
+    }
+}
+
+/// Everything open, and the machine built of it.
+struct Built {
+    config: VmConfig,
+    inherited: Inherited,
+    phases: Arc<Phases>,
+    terminal: Terminal,
+    machine: Machine,
+    /// The role of the event loop's thread.
+    devices: Role,
+}
+
+fn build(
+    args: &VmArgs,
+    config: VmConfig,
+    mut inherited: Inherited,
+    phases: Arc<Phases>,
+) -> Result<Built, Error> {
+    let terminal = terminal(args, &config, &mut inherited)?;
+    let socket = config.vsock.as_ref().map(|vsock| Path::new(&vsock.uds_path));
+    let made = socket.filter(|path| !path.exists());
+    let opened = config::open(&config, &mut inherited)
+        .map_err(Error::from)
+        .and_then(|spec| {
+            let by_path = spec
+                .vsock
+                .as_ref()
+                .is_some_and(|vsock| matches!(vsock.outward, Outward::Path(_)));
+            phases.mark(Phase::ConfigRead);
+            let kvm = machine::open_kvm(inherited.take("kvm"))?;
+            Ok((by_path, machine::build(&kvm, spec, &phases, args.boot_timer)?))
+        });
+    let (by_path, machine) = opened.inspect_err(|_| {
+        // The stream socket device's socket was made by this attempt: the next makes it again.
+        if let Some(path) = made {
+            let _ = std::fs::remove_file(path);
+        }
+    })?;
+    Ok(Built {
+        config,
+        inherited,
+        phases,
+        terminal,
+        machine,
+        devices: if by_path {
+            Role::DevicesByPath
+        } else {
+            Role::Devices
+        },
+    })
+}
+
+/// Gives everything up and runs the machine. `api`: the control socket, and the request that waits for the start.
+fn boot(
+    args: &VmArgs,
+    built: Built,
+    api: Option<(Server, Option<Waiting>)>,
+    state: StateFile,
+    signals: OwnedFd,
+    log_fd: i32,
+    boot_timer_from: u64,
+) -> Result<Exit, Error> {
+    let Built {
+        config,
+        mut inherited,
+        phases,
+        terminal,
+        machine,
+        devices,
+    } = built;
     end_on_panic(machine.shared.exit.clone());
 
     let identity = args
@@ -142,23 +286,43 @@ fn start(
     if args.die_with_parent {
         jail::die_with_parent()?;
     }
-    let filters = args.seccomp == Switch::On;
+    let filters = args.filters();
     if filters {
         seccomp::install_handler(log_fd).map_err(host("handler of forbidden calls"))?;
     } else {
-        tracing::warn!("--seccomp off: this monitor may make any system call; for debugging only");
+        tracing::warn!("no seccomp: this monitor may make any system call; for debugging only");
     }
     phases.mark(Phase::Jailed);
 
     let calls = match api {
         None => None,
-        Some(listener) => Some(start_api(args, listener, vm_config, phases, filters)?),
+        Some((mut server, waiting)) => {
+            // All that could fail has not. Not later, since a guest may end before anybody could answer.
+            if let Some(waiting) = waiting {
+                server.answer(&waiting, &Response::done());
+            }
+            let (calls, receiver) = channel();
+            let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(host("eventfd"))?;
+            let event = Arc::new(event);
+            let running = Running {
+                id: args.id.clone(),
+                config,
+                calls,
+                event: event.clone(),
+                phases: phases.clone(),
+                paths: match identity {
+                    Some(_) => Paths::Jailed,
+                    None => Paths::Allowed,
+                },
+            };
+            start_api(server, running, filters)?;
+            Some(Calls { receiver, event })
+        }
     };
-    let boot_timer_from = args.start_time_ns.or(phases.reached(Phase::Main)).unwrap_or(0);
     let parts = Parts {
         terminal,
         state,
-        phases: phases.clone(),
+        phases,
         signals,
         calls,
         confine: if filters {
@@ -176,6 +340,8 @@ fn start(
     };
     // For the node manager that comes after this one; see `VSOCK_OUT_KEPT_FD`.
     let kept = inherited.take(VSOCK_OUT_KEPT_FD);
+    // What nothing took is closed before the guest runs.
+    drop(inherited);
     let exit = monitor::run(machine, parts)?;
     drop(kept);
     Ok(exit)
@@ -185,8 +351,7 @@ fn confine(role: Role) -> Result<(), String> {
     seccomp::confine(role).map_err(|error| error.to_string())
 }
 
-fn read_config(args: &VmArgs, inherited: &mut Inherited) -> Result<VmConfig, Error> {
-    let path = args.config_file.as_deref().unwrap_or_default();
+fn read_config(path: &str, inherited: &mut Inherited) -> Result<VmConfig, Error> {
     let mut text = String::new();
     let mut file = inherited.file("configuration file", path, false)?;
     // An inherited file may stand where its writer left it; a pipe cannot be rewound, and need not be.
@@ -204,8 +369,12 @@ fn duplicate(fd: impl std::os::fd::AsFd) -> Result<File, fds::Error> {
 
 /// Connects the console. Descriptors that were handed over become non-blocking; standard input and output,
 /// which belong to others too (a terminal's do), are opened anew for that.
-fn terminal(args: &VmArgs, inherited: &mut Inherited) -> Result<Terminal, Error> {
-    match args.serial.as_deref() {
+fn terminal(args: &VmArgs, config: &VmConfig, inherited: &mut Inherited) -> Result<Terminal, Error> {
+    let configured = config
+        .serial
+        .as_ref()
+        .and_then(|serial| serial.serial_out_path.as_deref());
+    match args.serial.as_deref().or(configured) {
         Some(path) => {
             let output = inherited.sink("serial", path)?;
             nonblocking(&output)?;
@@ -240,45 +409,34 @@ fn nonblocking(file: &File) -> Result<(), Error> {
     rustix::fs::fcntl_setfl(file, flags | OFlags::NONBLOCK).map_err(|error| host("serial")(error.into()))
 }
 
-fn api_socket(path: &str, inherited: &mut Inherited) -> Result<UnixListener, Error> {
-    match inherited.named("control socket", path)? {
-        Some(fd) => Ok(fd.into()),
-        None => Ok(UnixListener::bind(path)
-            .map_err(|source| fds::open_error("control socket", path.as_ref(), source))?),
-    }
+fn control_socket(path: &str, inherited: &mut Inherited) -> Result<Server, Error> {
+    let listener = match inherited.named("control socket", path)? {
+        Some(fd) => fd.into(),
+        None => UnixListener::bind(path)
+            .map_err(|source| fds::open_error("control socket", path.as_ref(), source))?,
+    };
+    Server::new(listener).map_err(host("control socket"))
 }
 
-fn start_api(
-    args: &VmArgs,
-    listener: UnixListener,
-    config: VmConfig,
-    phases: &Arc<Phases>,
-    filters: bool,
-) -> Result<Calls, Error> {
-    let (calls, receiver) = channel();
-    let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(host("eventfd"))?;
-    let event = Arc::new(event);
-    let context = routes::Context {
-        id: args.id.clone(),
-        config,
-        calls,
-        event: event.clone(),
-        phases: phases.clone(),
+fn start_api(mut server: Server, mut running: Running, filters: bool) -> Result<(), Error> {
+    let role = match running.paths {
+        Paths::Allowed => Role::ApiByPath,
+        Paths::Jailed => Role::Api,
     };
     std::thread::Builder::new()
         .name("api".to_owned())
         .stack_size(256 << 10)
         .spawn(move || {
-            if filters && let Err(error) = confine(Role::Api) {
+            if filters && let Err(error) = confine(role) {
                 tracing::error!("no control socket: {error}");
                 return;
             }
-            if let Err(error) = server::serve(&listener, &context) {
+            if let Err(error) = server.serve(None, &mut |request, fds| running.answer(request, fds)) {
                 tracing::error!(%error, "the control socket ended");
             }
         })
         .map_err(host("starting the thread of the control socket"))?;
-    Ok(Calls { receiver, event })
+    Ok(())
 }
 
 /// A panic in any thread ends the VM: half a monitor must not go on.

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 #[allow(unused_imports, reason = "for the documentation")]
 use super::{FD_PREFIX, VSOCK_OUT_FD};
+use super::{Logger, Metrics, Serial};
 
 /// The configuration file (`--config-file`), Firecracker's shape.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -36,6 +37,15 @@ pub struct VmConfig {
     /// How an idle VM gives its memory back (ours).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub park: Option<Park>,
+    /// Where the log goes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logger: Option<Logger>,
+    /// Where the metrics go.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<Metrics>,
+    /// Where the console's output goes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<Serial>,
 }
 
 /// What to boot.
@@ -72,6 +82,61 @@ pub struct MachineConfig {
     /// How the guest is told of its hardware (ours).
     #[serde(default)]
     pub hardware: Hardware,
+    /// Accepted for Firecracker's clients: only `None` is supported.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_template: Option<CpuTemplate>,
+}
+
+/// `PATCH /machine-config`: what is absent stays.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineConfigPatch {
+    /// Number of vCPUs, 1 to [`MAX_VCPUS`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vcpu_count: Option<u8>,
+    /// Guest memory in MiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mem_size_mib: Option<u64>,
+    /// Simultaneous multithreading shown to the guest: only `false` is supported.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub smt: Option<bool>,
+    /// Log the pages that the guest dirties: only `false` is supported.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub track_dirty_pages: Option<bool>,
+    /// The pages that back guest memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub huge_pages: Option<HugePages>,
+    /// How the guest is told of its hardware (ours).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hardware: Option<Hardware>,
+    /// Accepted for Firecracker's clients: only `None` is supported.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_template: Option<CpuTemplate>,
+}
+
+impl MachineConfigPatch {
+    /// Changes `config` where this has something to say.
+    pub fn apply(&self, config: &mut MachineConfig) {
+        fn set<T: Clone>(to: &mut T, from: Option<&T>) {
+            if let Some(from) = from {
+                to.clone_from(from);
+            }
+        }
+        set(&mut config.vcpu_count, self.vcpu_count.as_ref());
+        set(&mut config.mem_size_mib, self.mem_size_mib.as_ref());
+        set(&mut config.smt, self.smt.as_ref());
+        set(&mut config.track_dirty_pages, self.track_dirty_pages.as_ref());
+        set(&mut config.huge_pages, self.huge_pages.as_ref());
+        set(&mut config.hardware, self.hardware.as_ref());
+        config.cpu_template = self.cpu_template.or(config.cpu_template);
+    }
+}
+
+/// The CPU that the guest sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CpuTemplate {
+    /// The host's, less what a VM cannot have.
+    None,
 }
 
 /// The pages that back guest memory.
@@ -111,6 +176,7 @@ impl Default for MachineConfig {
             track_dirty_pages: false,
             huge_pages: HugePages::default(),
             hardware: Hardware::default(),
+            cpu_template: None,
         }
     }
 }

@@ -1,5 +1,7 @@
 //! Just enough HTTP/1.1 for a control socket: whole requests with a `Content-Length`, whole answers.
 
+use mandoline_api::monitor::{FD_NAMES_HEADER, Fault};
+
 /// Most bytes of head and body together (Firecracker's default payload limit).
 pub const MAX_REQUEST: usize = 51_200;
 
@@ -14,6 +16,8 @@ pub struct Request {
     pub body: Vec<u8>,
     /// Whether the connection stays open.
     pub keep_alive: bool,
+    /// Names of the descriptors that came with it ([`FD_NAMES_HEADER`]).
+    pub fd_names: Vec<String>,
 }
 
 /// What the bytes so far are.
@@ -21,6 +25,8 @@ pub struct Request {
 pub enum Parsed {
     /// Not all of a request.
     Partial,
+    /// The head of a request whose sender waits to hear that the body is welcome (`Expect: 100-continue`).
+    Expects,
     /// A request and how many bytes it took.
     Whole(Request, usize),
     /// No request: the answer to give before the connection is closed.
@@ -39,6 +45,8 @@ pub fn parse(bytes: &[u8]) -> Parsed {
     };
     let mut length = 0usize;
     let mut keep_alive = request.version == Some(1);
+    let mut expects = false;
+    let mut fd_names = Vec::new();
     for header in request.headers.iter() {
         let value = std::str::from_utf8(header.value).unwrap_or_default().trim();
         if header.name.eq_ignore_ascii_case("content-length") {
@@ -55,13 +63,21 @@ pub fn parse(bytes: &[u8]) -> Parsed {
             );
         } else if header.name.eq_ignore_ascii_case("connection") {
             keep_alive = !value.eq_ignore_ascii_case("close");
+        } else if header.name.eq_ignore_ascii_case("expect") {
+            expects = value.eq_ignore_ascii_case("100-continue");
+        } else if header.name.eq_ignore_ascii_case(FD_NAMES_HEADER) {
+            fd_names = value.split(',').map(|name| name.trim().to_owned()).collect();
         }
     }
     let Some(end) = head.checked_add(length).filter(|end| *end <= MAX_REQUEST) else {
         return too_large();
     };
     let Some(body) = bytes.get(head..end) else {
-        return Parsed::Partial;
+        return if expects && bytes.len() == head {
+            Parsed::Expects
+        } else {
+            Parsed::Partial
+        };
     };
     let path = request.path.unwrap_or("/");
     Parsed::Whole(
@@ -70,6 +86,7 @@ pub fn parse(bytes: &[u8]) -> Parsed {
             path: path.split('?').next().unwrap_or("/").to_owned(),
             body: body.to_vec(),
             keep_alive,
+            fd_names,
         },
         end,
     )
@@ -88,15 +105,41 @@ pub struct Response {
     pub body: String,
 }
 
+/// Tells a client that waits to go on ([`Parsed::Expects`]).
+pub const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
+
 impl Response {
+    /// It is done, there is nothing to say.
+    pub fn done() -> Self {
+        Self {
+            status: 204,
+            body: String::new(),
+        }
+    }
+
+    /// An object.
+    pub fn json(value: &impl serde::Serialize) -> Self {
+        match serde_json::to_string(value) {
+            Ok(body) => Self { status: 200, body },
+            Err(error) => Self::fault(500, error.to_string()),
+        }
+    }
+
+    /// A refusal.
+    pub fn fault(status: u16, message: impl Into<String>) -> Self {
+        let fault = Fault {
+            fault_message: message.into(),
+        };
+        let body = serde_json::to_string(&fault).unwrap_or_default();
+        Self { status, body }
+    }
+
     /// Its bytes on the wire.
     pub fn bytes(&self, keep_alive: bool) -> Vec<u8> {
         let reason = match self.status {
             200 => "OK",
             204 => "No Content",
             400 => "Bad Request",
-            404 => "Not Found",
-            405 => "Method Not Allowed",
             413 => "Payload Too Large",
             503 => "Service Unavailable",
             _ => "Internal Server Error",
@@ -137,9 +180,21 @@ mod tests {
             (&b"body"[..], true)
         );
         assert!(matches!(parse(&text[length..]), Parsed::Whole(..)));
+        assert!(request.fd_names.is_empty());
         for end in 0..length {
             assert_eq!(parse(&text[..end]), Parsed::Partial, "{end}");
         }
+    }
+
+    #[test]
+    fn a_body_is_sent_for_and_descriptors_are_named() {
+        let text = b"PUT /x HTTP/1.1\r\nExpect: 100-continue\r\nmandoline-fd-names: disk2, tap\r\nContent-Length: 2\r\n\r\n{}";
+        assert_eq!(parse(&text[..text.len() - 2]), Parsed::Expects);
+        assert_eq!(parse(&text[..text.len() - 1]), Parsed::Partial);
+        let Parsed::Whole(request, _) = parse(text) else {
+            panic!("not whole")
+        };
+        assert_eq!(request.fd_names, ["disk2", "tap"]);
     }
 
     #[test]

@@ -1,258 +1,464 @@
-//! What the control socket answers.
+//! Every request that the control socket knows: its method, its path, when it may come, and what it asks for.
 //!
-//! The monitor boots from its configuration file, so of Firecracker's pre-boot requests those that read are
-//! here, and those that would configure say that it is too late, as Firecracker's do after boot.
-
-use std::sync::Arc;
-use std::sync::mpsc::{Sender, channel};
+//! Messages and status codes that Firecracker's clients see are the same: all refusals are 400, an unknown path too.
 
 use mandoline_api::monitor::{
-    Action, ActionType, Fault, InstanceInfo, MachineConfig, Phase, VmConfig, VmPatch, VmPatchState,
+    Action, ActionType, Balloon, BalloonPatch, BalloonStatsPatch, BootSource, Drive, DrivePatch, Entropy,
+    Logger, MachineConfig, MachineConfigPatch, Metrics, NetworkInterface, NetworkInterfacePatch, Park, Pmem,
+    PmemPatch, Serial, VmPatch, VmPatchState, Vsock,
 };
-use vmm_sys_util::eventfd::EventFd;
+use serde::de::DeserializeOwned;
 
 use crate::api::http::{Request, Response};
-use crate::monitor::{self, Call, Report};
-use crate::state::Phases;
 
-/// What the routes need.
-pub struct Context {
-    /// What `--id` said.
-    pub id: String,
-    /// The configuration that was booted.
-    pub config: VmConfig,
-    /// Requests to the event loop.
-    pub calls: Sender<Call>,
-    /// Signalled with each.
-    pub event: Arc<EventFd>,
-    /// Phases, for the metrics.
-    pub phases: Arc<Phases>,
+/// What a request asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(missing_docs, reason = "each is the request of that name")]
+pub enum Command {
+    GetInstance,
+    GetVersion,
+    GetVmConfig,
+    GetMachineConfig,
+    GetBalloon,
+    GetBalloonStatistics,
+    GetMetrics,
+    PutMachineConfig(MachineConfig),
+    PatchMachineConfig(MachineConfigPatch),
+    PutBootSource(BootSource),
+    PutDrive(Drive),
+    PutInterface(NetworkInterface),
+    PutVsock(Vsock),
+    PutEntropy(Entropy),
+    PutBalloon(Balloon),
+    PutPmem(Pmem),
+    PutPark(Park),
+    PutSerial(Serial),
+    PutMetrics(Metrics),
+    PutLogger(Logger),
+    PatchDrive(DrivePatch),
+    PatchInterface(NetworkInterfacePatch),
+    PatchBalloon(BalloonPatch),
+    PatchBalloonStatistics(BalloonStatsPatch),
+    PatchPmem(PmemPatch),
+    PatchVm(VmPatchState),
+    InstanceStart,
+    FlushMetrics,
+    SendCtrlAltDel,
 }
 
-/// Answers a request.
-pub fn answer(request: &Request, context: &Context) -> Response {
-    let result = match (request.method.as_str(), request.path.as_str()) {
-        ("GET", "/") => info(context),
-        ("GET", "/version") => json(&serde_json::json!({"firecracker_version": version()})),
-        ("GET", "/vm/config") => json(&context.config),
-        ("GET", "/machine-config") => json(&context.config.machine_config),
-        ("GET", "/metrics") => metrics(context),
-        ("PUT" | "PATCH", "/machine-config") => {
-            parse::<MachineConfig>(request).and_then(|_| too_late(request))
+/// When a request may come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum When {
+    /// Before boot and after.
+    Always,
+    /// Before boot.
+    Before,
+    /// After boot.
+    After,
+    /// Firecracker's, and not here: a refusal that says so.
+    Never,
+}
+
+/// One request.
+pub struct Route {
+    /// `GET`, `PUT` or `PATCH`.
+    pub method: &'static str,
+    /// With `{name}` where a name stands.
+    pub path: &'static str,
+    /// When it may come.
+    pub when: When,
+    /// What it does, for the interface description.
+    pub summary: &'static str,
+    /// The type of its body, if it has one.
+    pub body: Option<&'static str>,
+    /// The type of its answer, if that has a body.
+    pub answer: Option<&'static str>,
+    command: fn(&Body<'_>) -> Result<Command, Response>,
+}
+
+impl std::fmt::Debug for Route {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {} ({:?})", self.method, self.path, self.when)
+    }
+}
+
+/// The name in a request's path, and its body.
+struct Body<'a> {
+    name: &'a str,
+    bytes: &'a [u8],
+}
+
+impl Body<'_> {
+    fn read<T: DeserializeOwned>(&self) -> Result<T, Response> {
+        serde_json::from_slice(self.bytes).map_err(|error| {
+            let text = format!("An error occurred when deserializing the json body of a request: {error}.");
+            Response::fault(400, text)
+        })
+    }
+
+    /// The body of a request on a named thing, whose path and body have to agree.
+    fn named<T: DeserializeOwned>(&self, name_of: impl Fn(&T) -> &str) -> Result<T, Response> {
+        let path = self.name;
+        if !path
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte))
+        {
+            let text = format!("The name in the path is {path:?}; allowed: letters, digits and any of _-.");
+            return Err(Response::fault(400, text));
         }
-        ("PATCH", "/vm") => patch_vm(request, context),
-        ("PUT", "/actions") => action(request, context),
-        ("PUT" | "PATCH", path) if PRE_BOOT.iter().any(|known| path.starts_with(known)) => too_late(request),
-        ("GET" | "PUT" | "PATCH" | "DELETE", path) => Err(fault(
-            404,
-            format!("no such path or method: {} {path}", request.method),
-        )),
-        (method, _) => Err(fault(
-            405,
-            format!("method is {method:?}; allowed: GET, PUT, PATCH"),
-        )),
-    };
-    result.unwrap_or_else(|refusal| refusal)
+        let body: T = self.read()?;
+        if name_of(&body) != path {
+            let text = format!(
+                "The id from the path [{path}] does not match the id from the body [{}]!",
+                name_of(&body)
+            );
+            return Err(Response::fault(400, text));
+        }
+        Ok(body)
+    }
 }
 
-/// Firecracker's paths that configure before boot.
-const PRE_BOOT: [&str; 6] = [
-    "/boot-source",
-    "/drives/",
-    "/network-interfaces/",
-    "/vsock",
-    "/entropy",
-    "/logger",
+const fn route(
+    method: &'static str,
+    path: &'static str,
+    when: When,
+    body: Option<&'static str>,
+    summary: &'static str,
+    command: fn(&Body<'_>) -> Result<Command, Response>,
+) -> Route {
+    Route {
+        method,
+        path,
+        when,
+        summary,
+        body,
+        answer: None,
+        command,
+    }
+}
+
+const fn get(
+    path: &'static str,
+    answer: &'static str,
+    summary: &'static str,
+    command: fn(&Body<'_>) -> Result<Command, Response>,
+) -> Route {
+    Route {
+        method: "GET",
+        path,
+        when: When::Always,
+        summary,
+        body: None,
+        answer: Some(answer),
+        command,
+    }
+}
+
+const fn absent(method: &'static str, path: &'static str) -> Route {
+    route(method, path, When::Never, None, "Not there.", |_| {
+        Err(Response::fault(500, ""))
+    })
+}
+
+/// Every request.
+pub const ROUTES: &[Route] = &[
+    get(
+        "/",
+        "InstanceInfo",
+        "What runs here, and whether it runs.",
+        |_| Ok(Command::GetInstance),
+    ),
+    get("/version", "Version", "The monitor's version.", |_| {
+        Ok(Command::GetVersion)
+    }),
+    get(
+        "/vm/config",
+        "VmConfig",
+        "The configuration as it is now.",
+        |_| Ok(Command::GetVmConfig),
+    ),
+    get("/machine-config", "MachineConfig", "CPUs and memory.", |_| {
+        Ok(Command::GetMachineConfig)
+    }),
+    get(
+        "/balloon",
+        "Balloon",
+        "The balloon as it is configured now.",
+        |_| Ok(Command::GetBalloon),
+    ),
+    Route {
+        when: When::After,
+        ..get(
+            "/balloon/statistics",
+            "BalloonStats",
+            "What the guest said last of its memory.",
+            |_| Ok(Command::GetBalloonStatistics),
+        )
+    },
+    Route {
+        when: When::After,
+        ..get(
+            "/metrics",
+            "MetricsReport",
+            "What was counted since the start (ours).",
+            |_| Ok(Command::GetMetrics),
+        )
+    },
+    route(
+        "PUT",
+        "/machine-config",
+        When::Before,
+        Some("MachineConfig"),
+        "Sets CPUs and memory; what is absent gets its default.",
+        |body| body.read().map(Command::PutMachineConfig),
+    ),
+    route(
+        "PATCH",
+        "/machine-config",
+        When::Before,
+        Some("MachineConfigPatch"),
+        "Changes CPUs and memory; what is absent stays.",
+        |body| {
+            let patch = body.read()?;
+            if patch == MachineConfigPatch::default() {
+                return Err(Response::fault(400, "Empty PATCH request."));
+            }
+            Ok(Command::PatchMachineConfig(patch))
+        },
+    ),
+    route(
+        "PUT",
+        "/boot-source",
+        When::Before,
+        Some("BootSource"),
+        "Sets kernel, initial RAM disk and command line.",
+        |body| body.read().map(Command::PutBootSource),
+    ),
+    route(
+        "PUT",
+        "/drives/{drive_id}",
+        When::Before,
+        Some("Drive"),
+        "Adds a drive, or replaces the one of this name.",
+        |body| body.named(|drive: &Drive| &drive.drive_id).map(Command::PutDrive),
+    ),
+    route(
+        "PATCH",
+        "/drives/{drive_id}",
+        When::After,
+        Some("DrivePatch"),
+        "Gives a drive another file or another limit.",
+        |body| {
+            body.named(|drive: &DrivePatch| &drive.drive_id)
+                .map(Command::PatchDrive)
+        },
+    ),
+    route(
+        "PUT",
+        "/network-interfaces/{iface_id}",
+        When::Before,
+        Some("NetworkInterface"),
+        "Adds a network interface, or replaces the one of this name.",
+        |body| {
+            body.named(|interface: &NetworkInterface| &interface.iface_id)
+                .map(Command::PutInterface)
+        },
+    ),
+    route(
+        "PATCH",
+        "/network-interfaces/{iface_id}",
+        When::After,
+        Some("NetworkInterfacePatch"),
+        "Gives a network interface other limits.",
+        |body| {
+            body.named(|interface: &NetworkInterfacePatch| &interface.iface_id)
+                .map(Command::PatchInterface)
+        },
+    ),
+    route(
+        "PUT",
+        "/pmem/{id}",
+        When::Before,
+        Some("Pmem"),
+        "Adds a persistent memory device, or replaces the one of this name.",
+        |body| body.named(|pmem: &Pmem| &pmem.id).map(Command::PutPmem),
+    ),
+    route(
+        "PATCH",
+        "/pmem/{id}",
+        When::After,
+        Some("PmemPatch"),
+        "Gives a persistent memory device another limit.",
+        |body| body.named(|pmem: &PmemPatch| &pmem.id).map(Command::PatchPmem),
+    ),
+    route(
+        "PUT",
+        "/vsock",
+        When::Before,
+        Some("Vsock"),
+        "Sets the stream socket device.",
+        |body| body.read().map(Command::PutVsock),
+    ),
+    route(
+        "PUT",
+        "/entropy",
+        When::Before,
+        Some("Entropy"),
+        "Sets the entropy device.",
+        |body| body.read().map(Command::PutEntropy),
+    ),
+    route(
+        "PUT",
+        "/balloon",
+        When::Before,
+        Some("Balloon"),
+        "Sets the balloon.",
+        |body| body.read().map(Command::PutBalloon),
+    ),
+    route(
+        "PATCH",
+        "/balloon",
+        When::After,
+        Some("BalloonPatch"),
+        "Changes how much memory the balloon shall take.",
+        |body| body.read().map(Command::PatchBalloon),
+    ),
+    route(
+        "PATCH",
+        "/balloon/statistics",
+        When::After,
+        Some("BalloonStatsPatch"),
+        "Changes the time between statistics.",
+        |body| body.read().map(Command::PatchBalloonStatistics),
+    ),
+    route(
+        "PUT",
+        "/serial",
+        When::Before,
+        Some("Serial"),
+        "Sets where the console's output goes.",
+        |body| body.read().map(Command::PutSerial),
+    ),
+    route(
+        "PUT",
+        "/park",
+        When::Before,
+        Some("Park"),
+        "Sets how an idle VM gives its memory back (ours).",
+        |body| body.read().map(Command::PutPark),
+    ),
+    route(
+        "PUT",
+        "/metrics",
+        When::Before,
+        Some("Metrics"),
+        "Sets where the metrics go.",
+        |body| body.read().map(Command::PutMetrics),
+    ),
+    route(
+        "PUT",
+        "/logger",
+        When::Always,
+        Some("Logger"),
+        "Sets where the log goes and what is in it. After boot too (ours).",
+        |body| body.read().map(Command::PutLogger),
+    ),
+    route(
+        "PUT",
+        "/actions",
+        When::Always,
+        Some("Action"),
+        "Boots, flushes the metrics, or presses Ctrl-Alt-Del.",
+        |body| {
+            Ok(match body.read::<Action>()?.action_type {
+                ActionType::InstanceStart => Command::InstanceStart,
+                ActionType::FlushMetrics => Command::FlushMetrics,
+                ActionType::SendCtrlAltDel => Command::SendCtrlAltDel,
+            })
+        },
+    ),
+    route(
+        "PATCH",
+        "/vm",
+        When::After,
+        Some("VmPatch"),
+        "Pauses, resumes or parks (ours) the VM.",
+        |body| Ok(Command::PatchVm(body.read::<VmPatch>()?.state)),
+    ),
+    absent("PUT", "/cpu-config"),
+    absent("GET", "/mmds"),
+    absent("PUT", "/mmds"),
+    absent("PATCH", "/mmds"),
+    absent("PUT", "/mmds/config"),
+    absent("GET", "/hotplug/memory"),
+    absent("PUT", "/hotplug/memory"),
+    absent("PATCH", "/hotplug/memory"),
+    absent("PUT", "/snapshot/create"),
+    absent("PUT", "/snapshot/load"),
+    absent("PATCH", "/balloon/hinting/start"),
+    absent("PATCH", "/balloon/hinting/stop"),
+    absent("GET", "/balloon/hinting/status"),
 ];
 
-fn version() -> &'static str {
-    env!("CARGO_PKG_VERSION")
-}
-
-fn fault(status: u16, fault_message: String) -> Response {
-    let body = serde_json::to_string(&Fault { fault_message }).unwrap_or_default();
-    Response { status, body }
-}
-
-fn json(value: &impl serde::Serialize) -> Result<Response, Response> {
-    match serde_json::to_string(value) {
-        Ok(body) => Ok(Response { status: 200, body }),
-        Err(error) => Err(fault(500, error.to_string())),
+/// The name in `path` if it is of this pattern; the name is empty if the pattern has none.
+fn matched<'a>(pattern: &str, path: &'a str) -> Option<&'a str> {
+    let path = path
+        .strip_suffix('/')
+        .filter(|path| !path.is_empty())
+        .unwrap_or(path);
+    match pattern.split_once('{') {
+        None => (pattern == path).then_some(""),
+        Some((before, _)) => path
+            .strip_prefix(before)
+            .filter(|name| !name.is_empty() && !name.contains('/')),
     }
 }
 
-fn done() -> Result<Response, Response> {
-    Ok(Response {
-        status: 204,
-        body: String::new(),
-    })
-}
-
-fn too_late(request: &Request) -> Result<Response, Response> {
-    Err(fault(
-        400,
-        format!(
-            "The requested operation is not supported after starting the microVM: {} {}",
-            request.method, request.path
-        ),
-    ))
-}
-
-fn parse<T: serde::de::DeserializeOwned>(request: &Request) -> Result<T, Response> {
-    serde_json::from_slice(&request.body)
-        .map_err(|error| fault(400, format!("{} {}: {error}", request.method, request.path)))
-}
-
-/// Asks the event loop and waits for its answer.
-fn ask(context: &Context, request: monitor::Request) -> Result<Report, Response> {
-    let gone = || fault(503, "the VM has ended".to_owned());
-    let (sender, receiver) = channel();
-    context.calls.send((request, sender)).map_err(|_| gone())?;
-    context.event.write(1).map_err(|_| gone())?;
-    let answer = receiver.recv().map_err(|_| gone())?;
-    answer.map_err(|refusal| fault(400, refusal))
-}
-
-fn info(context: &Context) -> Result<Response, Response> {
-    let report = ask(context, monitor::Request::Look)?;
-    json(&InstanceInfo {
-        app_name: "Mandoline".to_owned(),
-        id: context.id.clone(),
-        state: report.state,
-        vmm_version: version().to_owned(),
-    })
-}
-
-fn patch_vm(request: &Request, context: &Context) -> Result<Response, Response> {
-    let wanted = match parse::<VmPatch>(request)?.state {
-        VmPatchState::Paused => monitor::Request::Pause,
-        VmPatchState::Resumed => monitor::Request::Resume,
-        VmPatchState::Parked => {
-            return Err(fault(400, "state is Parked: this VM has no park file".to_owned()));
-        }
+/// What a request asks for, before boot or after (`booted`).
+pub fn command(request: &Request, booted: bool) -> Result<Command, Response> {
+    let method = request.method.as_str();
+    let found = ROUTES.iter().find_map(|route| {
+        let name = matched(route.path, &request.path)?;
+        (route.method == method).then_some((route, name))
+    });
+    let Some((route, name)) = found else {
+        let path = request.path.trim_start_matches('/');
+        let text = format!("Invalid request method and/or path: {method} {path}.");
+        return Err(Response::fault(400, text));
     };
-    ask(context, wanted)?;
-    done()
-}
-
-fn action(request: &Request, context: &Context) -> Result<Response, Response> {
-    match parse::<Action>(request)?.action_type {
-        ActionType::InstanceStart => too_late(request),
-        ActionType::SendCtrlAltDel => Err(fault(
-            400,
-            "SendCtrlAltDel: the machine has no keyboard; ask the guest's agent to shut down".to_owned(),
-        )),
-        ActionType::FlushMetrics => {
-            ask(context, monitor::Request::Look)?;
-            tracing::info!(target: "metrics", "{}", metrics(context)?.body);
-            done()
-        }
+    if route.when == When::Never {
+        let text = format!("{method} {}: this monitor does not have it", route.path);
+        return Err(Response::fault(400, text));
+    }
+    match (method, request.body.is_empty()) {
+        ("GET", false) => return Err(Response::fault(400, "GET request cannot have a body.")),
+        ("PUT" | "PATCH", true) => return Err(Response::fault(400, format!("Empty {method} request."))),
+        _ => {}
+    }
+    let command = (route.command)(&Body {
+        name,
+        bytes: &request.body,
+    })?;
+    // The one path whose requests differ in when they may come.
+    let when = match command {
+        Command::InstanceStart => When::Before,
+        Command::FlushMetrics | Command::SendCtrlAltDel => When::After,
+        _ => route.when,
+    };
+    match (when, booted) {
+        (When::Before, true) => Err(state_error("after")),
+        (When::After, false) => Err(state_error("before")),
+        _ => Ok(command),
     }
 }
 
-fn metrics(context: &Context) -> Result<Response, Response> {
-    let report = ask(context, monitor::Request::Look)?;
-    let at = |phase| context.phases.reached(phase);
-    let between = |from, to| Some(at(to)?.saturating_sub(at(from)?) / 1000);
-    json(&serde_json::json!({
-        "id": context.id,
-        "state": report.state,
-        "serial": {"lost_bytes": report.console_lost},
-        "start": {
-            "set_up_us": between(Phase::Main, Phase::FirstRun),
-            "first_serial_byte_us": between(Phase::Main, Phase::FirstSerialByte),
-            "boot_timer_us": between(Phase::Main, Phase::BootTimer),
-        },
-    }))
+/// Firecracker's words, which its clients look for.
+pub(super) fn state_error(side: &str) -> Response {
+    let text = format!("The requested operation is not supported {side} starting the microVM.");
+    Response::fault(400, text)
 }
 
-#[cfg(test)]
-mod tests {
-    use mandoline_api::monitor::InstanceState;
-
-    use super::*;
-
-    fn context() -> Context {
-        let (calls, receiver) = channel::<Call>();
-        std::thread::spawn(move || {
-            let mut state = InstanceState::Running;
-            for (request, answer) in receiver {
-                match request {
-                    monitor::Request::Pause => state = InstanceState::Paused,
-                    monitor::Request::Resume => state = InstanceState::Running,
-                    monitor::Request::Look | monitor::Request::Work(_) => {}
-                }
-                let _ = answer.send(Ok(Report {
-                    state,
-                    console_lost: 0,
-                    said: serde_json::Value::Null,
-                }));
-            }
-        });
-        Context {
-            id: "vm1".into(),
-            config: serde_json::from_str(r#"{"boot-source": {"kernel_image_path": "fd:kernel"}}"#).unwrap(),
-            calls,
-            event: Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()),
-            phases: Arc::default(),
-        }
-    }
-
-    fn call(context: &Context, method: &str, path: &str, body: &str) -> (u16, String) {
-        let request = Request {
-            method: method.into(),
-            path: path.into(),
-            body: body.into(),
-            keep_alive: true,
-        };
-        let response = answer(&request, context);
-        (response.status, response.body)
-    }
-
-    #[test]
-    fn pause_and_resume_show_in_the_instance() {
-        let context = context();
-        let state = |context: &Context| {
-            let (status, body) = call(context, "GET", "/", "");
-            assert_eq!(status, 200);
-            serde_json::from_str::<InstanceInfo>(&body).unwrap().state
-        };
-        assert_eq!(state(&context), InstanceState::Running);
-        assert_eq!(call(&context, "PATCH", "/vm", r#"{"state":"Paused"}"#).0, 204);
-        assert_eq!(state(&context), InstanceState::Paused);
-        assert_eq!(call(&context, "PATCH", "/vm", r#"{"state":"Resumed"}"#).0, 204);
-        assert_eq!(state(&context), InstanceState::Running);
-    }
-
-    #[test]
-    fn refusals_say_why() {
-        let context = context();
-        for (method, path, body, status, word) in [
-            ("PATCH", "/vm", r#"{"state":"Asleep"}"#, 400, "Asleep"),
-            ("PATCH", "/vm", r#"{"state":"Paused","x":1}"#, 400, "`x`"),
-            (
-                "PATCH",
-                "/machine-config",
-                r#"{"vcpu_count":2,"mem_size_mib":64}"#,
-                400,
-                "after starting",
-            ),
-            ("PUT", "/machine-config", r#"{"cpus":2}"#, 400, "cpus"),
-            ("PUT", "/drives/root", "{}", 400, "after starting"),
-            (
-                "PUT",
-                "/actions",
-                r#"{"action_type":"InstanceStart"}"#,
-                400,
-                "after starting",
-            ),
-            ("GET", "/nothing", "", 404, "/nothing"),
-            ("BREW", "/", "", 405, "BREW"),
-        ] {
-            let (got, text) = call(&context, method, path, body);
-            assert_eq!(got, status, "{method} {path}: {text}");
-            let fault: Fault = serde_json::from_str(&text).unwrap();
-            assert!(fault.fault_message.contains(word), "{text}");
-        }
-    }
+/// The monitor's version.
+pub(super) fn version() -> &'static str {
+    env!("CARGO_PKG_VERSION")
 }

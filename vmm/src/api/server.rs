@@ -1,112 +1,293 @@
-//! The control socket's thread: a few connections, none of which can hold up another.
+//! The control socket's connections: a few, none of which can hold up another.
+//!
+//! ```text
+//!              readable: bytes and descriptors         a request is whole
+//! (connected) --------------------------------> buffered ---------------> answered --> sent --> buffered ...
+//!                                                            |                ^
+//!                                      InstanceStart: `serve` returns -- `answer` --+
+//! ```
+//!
+//! Before boot the server runs in the only thread there is; from then on in one of its own, with the same
+//! connections.
 
-use std::io::{self, Read, Write};
-use std::os::fd::AsFd;
+use std::collections::VecDeque;
+use std::io::{self, IoSliceMut, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use rustix::event::{PollFd, PollFlags};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 
-use crate::api::http::{MAX_REQUEST, Parsed, Response, parse};
-use crate::api::routes::{Context, answer};
+use crate::api::http::{CONTINUE, MAX_REQUEST, Parsed, Request, Response, parse};
+use crate::fds::Inherited;
 
 /// Most connections at once, as Firecracker has it.
 const MAX_CONNECTIONS: usize = 10;
+/// Most descriptors that wait for their request on a connection.
+const MAX_FDS: usize = 16;
+/// A client that does not read its answers gets no more of them than this, in bytes.
+const MAX_UNSENT: usize = 64 << 10;
+
+/// What becomes of a request.
+#[derive(Debug)]
+pub enum Reply {
+    /// Its answer.
+    Now(Response),
+    /// The answer comes by [`Server::answer`]; until then [`Server::serve`] is left.
+    Later,
+}
+
+/// Why [`Server::serve`] returned.
+#[derive(Debug)]
+pub enum Left {
+    /// A request waits for its answer.
+    Waiting(Waiting),
+    /// The descriptor to stop at became readable.
+    Stopped,
+}
+
+/// A request that waits for its answer.
+#[derive(Debug)]
+pub struct Waiting {
+    connection: u64,
+    keep_alive: bool,
+}
 
 struct Connection {
+    number: u64,
     stream: UnixStream,
     received: Vec<u8>,
+    fds: VecDeque<OwnedFd>,
     to_send: Vec<u8>,
+    /// The sender was told to go on with the body.
+    told: bool,
+    /// A request waits for its answer: no other is looked at.
+    waits: bool,
     /// Close when everything is sent.
     last: bool,
 }
 
-/// Serves until the process ends.
-pub fn serve(listener: &UnixListener, context: &Context) -> io::Result<()> {
-    listener.set_nonblocking(true)?;
-    let mut connections: Vec<Connection> = Vec::new();
-    loop {
-        let mut polled = vec![PollFd::new(listener, PollFlags::IN)];
-        for connection in &connections {
-            let flags = if connection.to_send.is_empty() {
-                PollFlags::IN
-            } else {
-                PollFlags::OUT
-            };
-            polled.push(PollFd::from_borrowed_fd(connection.stream.as_fd(), flags));
-        }
-        match rustix::event::poll(&mut polled, None) {
-            Ok(_) => {}
-            Err(rustix::io::Errno::INTR) => continue,
-            Err(error) => return Err(error.into()),
-        }
-        let ready: Vec<bool> = polled.iter().map(|fd| !fd.revents().is_empty()).collect();
-        let mut index = 0;
-        connections.retain_mut(|connection| {
-            index += 1;
-            !ready[index] || attend(connection, context)
-        });
-        if ready[0] {
-            accept(listener, &mut connections);
-        }
-    }
+/// The listening socket and its connections.
+pub struct Server {
+    listener: UnixListener,
+    connections: Vec<Connection>,
+    accepted: u64,
 }
 
-fn accept(listener: &UnixListener, connections: &mut Vec<Connection>) {
-    while let Ok((mut stream, _)) = listener.accept() {
-        if stream.set_nonblocking(true).is_err() {
-            continue;
-        }
-        if connections.len() >= MAX_CONNECTIONS {
-            let body = format!(r#"{{"fault_message":"more than {MAX_CONNECTIONS} connections"}}"#);
-            let _ = stream.write(&Response { status: 503, body }.bytes(false));
-            continue;
-        }
-        connections.push(Connection {
-            stream,
-            received: Vec::new(),
-            to_send: Vec::new(),
-            last: false,
-        });
+impl Server {
+    /// Serves on `listener`.
+    pub fn new(listener: UnixListener) -> io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        Ok(Self {
+            listener,
+            connections: Vec::new(),
+            accepted: 0,
+        })
     }
-}
 
-/// Goes on with a connection; false when it is over.
-fn attend(connection: &mut Connection, context: &Context) -> bool {
-    if connection.to_send.is_empty() {
-        let mut chunk = [0u8; 4096];
-        match connection.stream.read(&mut chunk) {
-            Ok(0) => return false,
-            Ok(length) => connection.received.extend(&chunk[..length]),
-            Err(error) => return would_block(&error),
-        }
-        while !connection.last {
-            match parse(&connection.received) {
-                Parsed::Partial if connection.received.len() <= MAX_REQUEST => break,
-                Parsed::Partial => return false,
-                Parsed::Whole(request, length) => {
-                    connection.received.drain(..length);
-                    connection.last = !request.keep_alive;
-                    let response = answer(&request, context);
-                    connection.to_send.extend(response.bytes(request.keep_alive));
-                }
-                Parsed::Bad(status, text) => {
-                    let body = serde_json::json!({ "fault_message": text }).to_string();
-                    connection.to_send.extend(Response { status, body }.bytes(false));
-                    connection.last = true;
-                }
+    /// Serves until a request is to be answered [`Reply::Later`], or `stop` is readable. `handler` gets each request with the
+    /// descriptors that came with it.
+    pub fn serve(
+        &mut self,
+        stop: Option<BorrowedFd<'_>>,
+        handler: &mut dyn FnMut(&Request, Inherited) -> Reply,
+    ) -> io::Result<Left> {
+        loop {
+            let mut waiting = None;
+            self.connections
+                .retain_mut(|connection| waiting.is_some() || connection.attend(handler, &mut waiting));
+            if let Some(waiting) = waiting {
+                return Ok(Left::Waiting(waiting));
+            }
+            let mut polled = vec![PollFd::new(&self.listener, PollFlags::IN)];
+            for connection in &self.connections {
+                let flags = if connection.to_send.is_empty() {
+                    PollFlags::IN
+                } else {
+                    PollFlags::OUT
+                };
+                polled.push(PollFd::from_borrowed_fd(connection.stream.as_fd(), flags));
+            }
+            polled.extend(stop.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+            match rustix::event::poll(&mut polled, None) {
+                Ok(_) => {}
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(error) => return Err(error.into()),
+            }
+            let ready: Vec<bool> = polled.iter().map(|fd| !fd.revents().is_empty()).collect();
+            if stop.is_some() && ready.last() == Some(&true) {
+                return Ok(Left::Stopped);
+            }
+            let mut index = 0;
+            self.connections.retain_mut(|connection| {
+                index += 1;
+                !ready[index] || !connection.to_send.is_empty() || connection.receive()
+            });
+            if ready[0] {
+                self.accept();
             }
         }
     }
-    while !connection.to_send.is_empty() {
-        match connection.stream.write(&connection.to_send) {
-            Ok(length) => drop(connection.to_send.drain(..length)),
-            Err(error) => return would_block(&error),
+
+    /// Answers a request that waits; nobody hears it if its connection is gone.
+    pub fn answer(&mut self, waiting: &Waiting, response: &Response) {
+        let mut connections = self.connections.iter_mut();
+        if let Some(connection) = connections.find(|connection| connection.number == waiting.connection) {
+            connection.waits = false;
+            connection.to_send.extend(response.bytes(waiting.keep_alive));
+            // At once, since the process may be about to end.
+            connection.send();
         }
     }
-    !connection.last
+
+    fn accept(&mut self) {
+        while let Ok((mut stream, _)) = self.listener.accept() {
+            if stream.set_nonblocking(true).is_err() {
+                continue;
+            }
+            if self.connections.len() >= MAX_CONNECTIONS {
+                let refusal = Response::fault(503, format!("more than {MAX_CONNECTIONS} connections"));
+                let _ = stream.write(&refusal.bytes(false));
+                continue;
+            }
+            self.accepted += 1;
+            self.connections.push(Connection {
+                number: self.accepted,
+                stream,
+                received: Vec::new(),
+                fds: VecDeque::new(),
+                to_send: Vec::new(),
+                told: false,
+                waits: false,
+                last: false,
+            });
+        }
+    }
 }
 
-fn would_block(error: &io::Error) -> bool {
+impl Connection {
+    /// Takes what has come; false when the connection is over.
+    fn receive(&mut self) -> bool {
+        let mut chunk = [0u8; 4096];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let got = rustix::net::recvmsg(
+            &self.stream,
+            &mut [IoSliceMut::new(&mut chunk)],
+            &mut ancillary,
+            RecvFlags::CMSG_CLOEXEC,
+        );
+        for message in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(fds) = message {
+                self.fds.extend(fds);
+            }
+        }
+        match got {
+            Ok(got) if got.bytes == 0 => false,
+            Ok(got) => {
+                self.received.extend_from_slice(&chunk[..got.bytes]);
+                self.fds.len() <= MAX_FDS
+            }
+            Err(error) => would_block(error.into()),
+        }
+    }
+
+    /// Answers whole requests and sends; false when the connection is over.
+    fn attend(
+        &mut self,
+        handler: &mut dyn FnMut(&Request, Inherited) -> Reply,
+        waiting: &mut Option<Waiting>,
+    ) -> bool {
+        loop {
+            let full = self.process(handler, waiting);
+            if !self.send() {
+                return false;
+            }
+            if !self.to_send.is_empty() || waiting.is_some() || !full {
+                return self.waits || !self.last || !self.to_send.is_empty();
+            }
+        }
+    }
+
+    /// Answers whole requests; true if it stopped only because the client has to read first.
+    fn process(
+        &mut self,
+        handler: &mut dyn FnMut(&Request, Inherited) -> Reply,
+        waiting: &mut Option<Waiting>,
+    ) -> bool {
+        while !self.last && !self.waits {
+            if self.to_send.len() >= MAX_UNSENT {
+                return true;
+            }
+            match parse(&self.received) {
+                Parsed::Partial | Parsed::Expects if self.received.len() > MAX_REQUEST => self.last = true,
+                Parsed::Expects if !self.told => {
+                    self.told = true;
+                    self.to_send.extend(CONTINUE);
+                }
+                Parsed::Partial | Parsed::Expects => break,
+                Parsed::Whole(request, length) => {
+                    self.received.drain(..length);
+                    self.told = false;
+                    let reply = match self.named(&request) {
+                        Ok(fds) => handler(&request, fds),
+                        Err(refusal) => Reply::Now(refusal),
+                    };
+                    self.last = !request.keep_alive;
+                    match reply {
+                        Reply::Now(response) => self.to_send.extend(response.bytes(request.keep_alive)),
+                        Reply::Later => {
+                            self.waits = true;
+                            *waiting = Some(Waiting {
+                                connection: self.number,
+                                keep_alive: request.keep_alive,
+                            });
+                        }
+                    }
+                    if self.received.is_empty() {
+                        // What came with a request and was not named belongs to nobody.
+                        self.fds.clear();
+                    }
+                }
+                Parsed::Bad(status, text) => {
+                    self.to_send.extend(Response::fault(status, text).bytes(false));
+                    self.last = true;
+                }
+            }
+        }
+        false
+    }
+
+    /// The descriptors that came with a request, by its names for them.
+    fn named(&mut self, request: &Request) -> Result<Inherited, Response> {
+        let wanted = request.fd_names.len();
+        if wanted > self.fds.len() {
+            let message = format!("{wanted} descriptors are named, {} came with it", self.fds.len());
+            return Err(Response::fault(400, message));
+        }
+        let mut named = Inherited::default();
+        for (name, fd) in request.fd_names.iter().zip(self.fds.drain(..wanted)) {
+            named
+                .insert(name, fd)
+                .map_err(|error| Response::fault(400, error.to_string()))?;
+        }
+        Ok(named)
+    }
+
+    /// Sends what the client takes; false when the connection is over.
+    fn send(&mut self) -> bool {
+        while !self.to_send.is_empty() {
+            match self.stream.write(&self.to_send) {
+                Ok(length) => drop(self.to_send.drain(..length)),
+                Err(error) => return would_block(error),
+            }
+        }
+        true
+    }
+}
+
+fn would_block(error: io::Error) -> bool {
     matches!(
         error.kind(),
         io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted

@@ -27,6 +27,8 @@ pub enum Role {
     DevicesByPath,
     /// The control socket.
     Api,
+    /// The same where the monitor stands in no empty root: it may open what a request names.
+    ApiByPath,
 }
 
 /// A filter could not be put up.
@@ -124,9 +126,9 @@ const API: &[libc::c_long] = &[
     libc::SYS_poll,
     libc::SYS_ppoll,
     libc::SYS_accept4,
-    libc::SYS_recvfrom,
+    libc::SYS_recvmsg, // with descriptors
     libc::SYS_sendto,
-    libc::SYS_shutdown,
+    libc::SYS_dup3, // another file for the log
 ];
 
 /// The requests that a role may make by `ioctl`.
@@ -161,7 +163,7 @@ fn ioctls(role: Role) -> Vec<u64> {
         ),
         // Interrupt controllers as at power-on.
         Role::Devices | Role::DevicesByPath => (&[FIONBIO, KVM_SET_IRQCHIP], &PAUSE_IOCTLS),
-        Role::Api => (&[FIONBIO], &[]),
+        Role::Api | Role::ApiByPath => (&[FIONBIO], &[]),
     };
     [own, vhost].concat()
 }
@@ -176,7 +178,7 @@ pub fn program(role: Role) -> Result<BpfProgram, Error> {
     let own = match role {
         Role::Vcpu => &[],
         Role::Devices | Role::DevicesByPath => DEVICES,
-        Role::Api => API,
+        Role::Api | Role::ApiByPath => API,
     };
     for call in COMMON.iter().chain(own) {
         rules.insert(*call, Vec::new());
@@ -215,7 +217,15 @@ pub fn program(role: Role) -> Result<BpfProgram, Error> {
             }
             rules.insert(libc::SYS_fcntl, rules_of_fcntl);
         }
-        Role::Api => {}
+        Role::Api | Role::ApiByPath => {
+            let only = condition(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, libc::F_GETFD as u64)?;
+            if cfg!(debug_assertions) {
+                rules.insert(libc::SYS_fcntl, vec![rule(vec![only])?]);
+            }
+        }
+    }
+    if role == Role::ApiByPath {
+        rules.insert(libc::SYS_openat, Vec::new());
     }
     // Memory for the allocator, never executable.
     let no_exec = condition(
@@ -338,7 +348,13 @@ mod tests {
 
     #[test]
     fn every_role_has_a_filter() {
-        for role in [Role::Vcpu, Role::Devices, Role::DevicesByPath, Role::Api] {
+        for role in [
+            Role::Vcpu,
+            Role::Devices,
+            Role::DevicesByPath,
+            Role::Api,
+            Role::ApiByPath,
+        ] {
             assert!(program(role).unwrap().len() > 30, "{role:?}");
         }
     }
