@@ -1,8 +1,10 @@
 //! From the configuration file to open descriptors and checked numbers: after this nothing is a path.
 
 use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use mandoline_api::monitor::{
     Balloon, CacheType, Drive as DriveConfig, Hardware, MAX_MEM_MIB, MAX_VCPUS, MIN_MEM_MIB,
@@ -101,7 +103,20 @@ pub struct Spec {
     pub entropy: Option<RateLimiter>,
     /// The memory balloon.
     pub balloon: Option<Balloon>,
+    /// How an idle VM gives its memory back.
+    pub park: Option<Park>,
 }
+
+/// How an idle VM gives its memory back.
+pub struct Park {
+    /// Where its memory goes.
+    pub file: File,
+    /// Park by itself after so long.
+    pub idle: Option<Duration>,
+}
+
+/// Shortest time after which an idle VM parks by itself, in ms.
+const MIN_IDLE_MS: u64 = 100;
 
 /// The default command line: quiet, since a character on the console costs an exit.
 pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=1 reboot=k panic=1 nomodule";
@@ -262,6 +277,11 @@ pub fn open(config: &VmConfig, inherited: &mut Inherited) -> Result<Spec, Error>
             .as_ref()
             .map(|entropy| entropy.rate_limiter.unwrap_or_default()),
         balloon: check_balloon(config.balloon, machine.mem_size_mib)?,
+        park: config
+            .park
+            .as_ref()
+            .map(|park| open_park(park, inherited))
+            .transpose()?,
     })
 }
 
@@ -329,6 +349,28 @@ fn open_vhost(interface: &NetworkInterface, inherited: &mut Inherited) -> Result
         return Err(value(what, path, allowed));
     }
     Ok(Some(inherited.file(&what, path, true)?))
+}
+
+fn open_park(park: &mandoline_api::monitor::Park, inherited: &mut Inherited) -> Result<Park, Error> {
+    if let Some(ms) = park.idle_ms
+        && ms < MIN_IDLE_MS
+    {
+        return Err(value("park.idle_ms", ms, format!("{MIN_IDLE_MS} or more")));
+    }
+    let file = match inherited.named("park file", &park.mem_file_path)? {
+        Some(fd) => fd.into(),
+        // It will hold all that the guest has in memory: nobody else may read it.
+        None => File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&park.mem_file_path)
+            .map_err(|error| fds::open_error("park file", park.mem_file_path.as_ref(), error))?,
+    };
+    let idle = park.idle_ms.map(Duration::from_millis);
+    Ok(Park { file, idle })
 }
 
 fn open_vsock(uds_path: &str, inherited: &mut Inherited) -> Result<(UnixListener, Outward), Error> {

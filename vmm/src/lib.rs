@@ -19,6 +19,7 @@ pub mod log;
 pub mod machine;
 pub mod memory;
 pub mod monitor;
+pub mod park;
 pub mod run;
 pub mod state;
 pub mod vcpu;

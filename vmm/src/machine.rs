@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::image::Entry;
 use crate::boot::layout::{GENERATION_GSI, KVM_TSS, SERIAL_GSI, device_gsi, device_window};
-use crate::boot::loader::{self, Acpi, Boot};
+use crate::boot::loader::{self, Acpi, Boot, Loaded};
 use crate::boot::{cpuid, regs};
 use crate::bus::Bus;
 use crate::config::{self, Drive, Interface, Spec};
@@ -28,6 +28,8 @@ use crate::devices::vsock::Vsock;
 use crate::devices::vsock::muxer::Muxer;
 use crate::exit::ExitLatch;
 use crate::memory::{self, Memory};
+use crate::monitor::sleep::Sleeper;
+use crate::park::ParkFile;
 use crate::state::Phases;
 use crate::vcpu;
 
@@ -63,6 +65,9 @@ pub enum Error {
     /// The VM generation id.
     #[error(transparent)]
     Generation(#[from] generation::Error),
+    /// The park file.
+    #[error(transparent)]
+    Park(#[from] crate::park::Error),
     /// A drive.
     #[error(transparent)]
     Drive(#[from] blk::OpenError),
@@ -117,6 +122,8 @@ pub struct Machine {
     pub memory: Memory,
     /// The VM generation id, where ACPI tells of it.
     pub generation: Option<Arc<GenerationId>>,
+    /// What parks the VM; taken by the event loop.
+    pub sleeper: Option<Sleeper>,
 }
 
 /// Opens `/dev/kvm`, or takes it inherited.
@@ -176,7 +183,7 @@ pub fn build(kvm_fd: &Kvm, spec: Spec, phases: &Arc<Phases>, boot_timer: bool) -
         vcpus: spec.vcpus,
         acpi,
     };
-    let entry = boot.load(&memory)?;
+    let Loaded { entry, kernel } = boot.load(&memory)?;
     phases.mark(Phase::KernelLoaded);
 
     vm.create_irq_chip().map_err(kvm("KVM_CREATE_IRQCHIP"))?;
@@ -218,6 +225,13 @@ pub fn build(kvm_fd: &Kvm, spec: Spec, phases: &Arc<Phases>, boot_timer: bool) -
         exit,
         phases: phases.clone(),
     };
+    let sleeper = match spec.park {
+        Some(park) => {
+            let file = ParkFile::new(park.file, &memory)?;
+            Some(Sleeper::new(file, memory.clone(), kernel, park.idle, &slots).map_err(host("park"))?)
+        }
+        None => None,
+    };
     Ok(Machine {
         vm,
         boot,
@@ -230,6 +244,7 @@ pub fn build(kvm_fd: &Kvm, spec: Spec, phases: &Arc<Phases>, boot_timer: bool) -
         control,
         memory,
         generation,
+        sleeper,
     })
 }
 

@@ -15,7 +15,7 @@ use mandoline_api::monitor::{
     ExitReason, Hardware, InstanceState, IoEngine, Phase, RateLimiter, RunState, StateLine,
 };
 use mandoline_vmm::boot::{bzimage, elf};
-use mandoline_vmm::config::{Drive, Spec};
+use mandoline_vmm::config::{Drive, Park, Spec};
 use mandoline_vmm::devices::blk;
 use mandoline_vmm::exit::Exit;
 use mandoline_vmm::jail::seccomp::{self, Role};
@@ -152,6 +152,7 @@ fn spec(code: Code) -> Spec {
         vsock: None,
         entropy: None,
         balloon: None,
+        park: None,
     }
 }
 
@@ -183,6 +184,16 @@ struct Outcome {
     output: Vec<u8>,
     phases: Arc<Phases>,
     state: Vec<StateLine>,
+}
+
+impl Outcome {
+    fn states(&self) -> Vec<RunState> {
+        let states = self.state.iter().filter_map(|line| match line {
+            StateLine::State(change) => Some(change.state),
+            StateLine::Phase(_) => None,
+        });
+        states.collect()
+    }
 }
 
 fn build(spec: Spec) -> Option<(Machine, Arc<Phases>)> {
@@ -627,16 +638,102 @@ fn a_guest_that_reboots_starts_again_with_everything_as_at_power_on() {
     driver.join().unwrap();
     assert_eq!(outcome.exit.reason, ExitReason::Shutdown);
     assert_eq!(outcome.output, b"bbb");
-    let states: Vec<RunState> = outcome
-        .state
-        .iter()
-        .filter_map(|line| match line {
-            StateLine::State(change) => Some(change.state),
-            StateLine::Phase(_) => None,
-        })
-        .collect();
     use RunState::{Exited, Rebooting, Running};
-    assert_eq!(states, [Running, Rebooting, Running, Rebooting, Running, Exited]);
+    assert_eq!(
+        outcome.states(),
+        [Running, Rebooting, Running, Rebooting, Running, Exited]
+    );
+}
+
+/// Code that sleeps until its local APIC's timer fires after `ns`, and then says so and powers off.
+fn sleeper(ns: u32, ready: u32) -> Code {
+    const TABLES: u32 = 0x40_0000;
+    const HANDLER_AT: usize = 0x800;
+    const VECTOR: u32 = 0x40;
+    const LOCAL_APIC: u32 = 0xfee0_0000;
+    let handler = ENTRY as u32 + HANDLER_AT as u32;
+    let mut code = Code::default()
+        // A flat code and a flat data segment, for the interrupt to be delivered with.
+        .store(TABLES + 0x1008, 0x0000_ffff)
+        .store(TABLES + 0x100c, 0x00cf_9b00)
+        .store(TABLES + 0x1010, 0x0000_ffff)
+        .store(TABLES + 0x1014, 0x00cf_9300)
+        .store16(TABLES, 0x17)
+        .store(TABLES + 2, TABLES + 0x1000)
+        .raw(&[0x0f, 0x01, 0x15])
+        .raw(&TABLES.to_le_bytes())
+        // The interrupt's gate.
+        .store(TABLES + 0x2000 + 8 * VECTOR, 8 << 16 | handler & 0xffff)
+        .store(TABLES + 0x2000 + 8 * VECTOR + 4, handler & 0xffff_0000 | 0x8e00)
+        .store16(TABLES + 0x10, 0x7ff)
+        .store(TABLES + 0x12, TABLES + 0x2000)
+        .raw(&[0x0f, 0x01, 0x1d])
+        .raw(&(TABLES + 0x10).to_le_bytes())
+        // mov esp, ...
+        .raw(&[0xbc])
+        .raw(&(TABLES + 0x4000).to_le_bytes())
+        // The APIC is on; its timer counts ns, once.
+        .store(LOCAL_APIC + 0xf0, 0x1ff)
+        .store(LOCAL_APIC + 0x3e0, 0xb)
+        .store(LOCAL_APIC + 0x320, VECTOR)
+        .store(LOCAL_APIC + 0x380, ns)
+        .store(ready, 1)
+        // l: sti; hlt; jmp l
+        .raw(&[0xfb, 0xf4, 0xeb, 0xfc]);
+    assert!(code.0.len() <= HANDLER_AT);
+    code.0.resize(HANDLER_AT, 0x90);
+    code.print(b"T").power_off()
+}
+
+#[test]
+fn a_parked_guest_has_no_memory_and_wakes_by_its_own_timer() {
+    const READY: u32 = 0x30_0000;
+    const KEPT: u32 = 0x31_0000;
+    let mut spec = spec(sleeper(1_500_000_000, READY));
+    spec.park = Some(Park {
+        file: tempfile::tempfile().unwrap(),
+        idle: None,
+    });
+    let Some((machine, phases)) = build(spec) else {
+        return;
+    };
+    let memory = machine.memory.clone();
+    let (calls, receiver) = channel::<Call>();
+    let event = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
+    let sender = event.clone();
+    let driver = std::thread::spawn(move || {
+        let at = |address: u32| GuestAddress(u64::from(address));
+        while memory.read_obj::<u32>(at(READY)).unwrap() == 0 {
+            std::thread::yield_now();
+        }
+        memory.write_obj(0x1234u32, at(KEPT)).unwrap();
+        loop {
+            let (answer, report) = channel();
+            calls.send((Request::Park, answer)).unwrap();
+            sender.write(1).unwrap();
+            match report.recv().unwrap() {
+                Ok(report) => break (report.state, report.sleep.unwrap()),
+                // Not halted yet.
+                Err(refusal) => assert!(refusal.contains("busy"), "{refusal}"),
+            }
+        }
+    });
+    let kept = machine.memory.clone();
+    let outcome = finish(machine, phases, Some(Calls { receiver, event }));
+    let (state, counters) = driver.join().unwrap();
+    assert_eq!(state, InstanceState::Parked);
+    assert!(
+        counters.freed_bytes >= 4096 && counters.written_bytes >= 4096,
+        "{counters:?}"
+    );
+    assert_eq!(outcome.exit.reason, ExitReason::Shutdown);
+    assert_eq!(outcome.output, b"T");
+    assert_eq!(
+        kept.read_obj::<u32>(GuestAddress(u64::from(KEPT))).unwrap(),
+        0x1234
+    );
+    use RunState::{Exited, Parked, Running};
+    assert_eq!(outcome.states(), [Running, Parked, Running, Exited]);
 }
 
 #[test]

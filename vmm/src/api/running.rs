@@ -91,9 +91,7 @@ impl Running {
         let wanted = match state {
             VmPatchState::Paused => monitor::Request::Pause,
             VmPatchState::Resumed => monitor::Request::Resume,
-            VmPatchState::Parked => {
-                return Err(Response::fault(400, "state is Parked: this VM has no park file"));
-            }
+            VmPatchState::Parked => monitor::Request::Park,
         };
         self.ask(wanted)?;
         Ok(Response::done())
@@ -107,6 +105,7 @@ impl Running {
             "id": self.id,
             "state": report.state,
             "serial": {"lost_bytes": report.console_lost},
+            "park": report.sleep,
             "start": {
                 "set_up_us": between(Phase::Main, Phase::FirstRun),
                 "first_serial_byte_us": between(Phase::Main, Phase::FirstSerialByte),

@@ -127,8 +127,8 @@ pub(super) struct Found<'a> {
 }
 
 impl Boot {
-    /// Loads everything into `memory`, which must be clear; returns where the boot processor starts.
-    pub fn load(&self, memory: &Memory) -> Result<Entry, Error> {
+    /// Loads everything into `memory`, which must be clear.
+    pub fn load(&self, memory: &Memory) -> Result<Loaded, Error> {
         let image = image::read(&self.kernel)?;
         let kernel_end = kernel(memory, &self.kernel, &image)?;
         let initrd = self
@@ -178,8 +178,20 @@ impl Boot {
             Entry::Pvh { .. } => pvh::write(memory, &found)?,
             Entry::Linux64 { .. } => linux64::write(memory, &found, image.header, kernel_end)?,
         }
-        Ok(image.entry)
+        Ok(Loaded {
+            entry: image.entry,
+            kernel: HIGH_RAM..kernel_end,
+        })
     }
+}
+
+/// What was loaded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Loaded {
+    /// Where the boot processor starts.
+    pub entry: Entry,
+    /// Where pages of guest memory may be the kernel file's.
+    pub kernel: std::ops::Range<u64>,
 }
 
 /// The first address that an initial RAM disk may not use.
@@ -413,7 +425,7 @@ mod tests {
     fn a_bzimage_gets_the_room_that_it_unpacks_itself_in() {
         let memory = crate::memory::create(16 << 20).unwrap();
         let load = |address| boot(&bzimage::tiny(&[0xf4; 9000], address), Some(&[5; 5000]), "").load(&memory);
-        assert_eq!(load(0x20_0000).unwrap(), Entry::Linux64 { rip: 0x20_0200 });
+        assert_eq!(load(0x20_0000).unwrap().entry, Entry::Linux64 { rip: 0x20_0200 });
         let mut seen = [0u8; 0x210];
         memory.read_slice(&mut seen, GuestAddress(0x20_0000)).unwrap();
         assert_eq!((seen[0x1ff], seen[0x200]), (0, 0xf4));

@@ -105,6 +105,9 @@ const DEVICES: &[libc::c_long] = &[
     libc::SYS_io_uring_enter,
     // blk, when a file is replaced: which one it is. (Its size: lseek, above.)
     libc::SYS_fstat,
+    // A VM that is parked: its memory goes to a file, and out of the host's cache.
+    libc::SYS_pwrite64,
+    libc::SYS_fadvise64,
     // net, vsock
     libc::SYS_readv,
     libc::SYS_writev,

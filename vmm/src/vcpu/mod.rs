@@ -216,6 +216,26 @@ impl Handle {
         receiver.recv().ok()
     }
 
+    /// CPU time that the thread has used.
+    pub fn cpu_time(&self) -> std::time::Duration {
+        use std::os::unix::thread::JoinHandleExt;
+        let mut clock = 0;
+        let mut time = libc::timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        // SAFETY: the thread is not joined (we hold its handle), so its id is valid; both calls write one value each.
+        let known = unsafe {
+            libc::pthread_getcpuclockid(self.thread.as_pthread_t(), &mut clock) == 0
+                && libc::clock_gettime(clock, &mut time) == 0
+        };
+        if !known {
+            return std::time::Duration::ZERO;
+        }
+        let (seconds, ns) = (u64::try_from(time.tv_sec), u32::try_from(time.tv_nsec));
+        std::time::Duration::new(seconds.unwrap_or(0), ns.unwrap_or(0))
+    }
+
     /// Ends the thread; returns when it is out of the guest.
     pub fn stop(&self) {
         self.want(Run::Stopped);

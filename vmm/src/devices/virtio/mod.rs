@@ -23,8 +23,8 @@ pub(crate) mod testing;
 
 use std::any::Any;
 use std::os::fd::RawFd;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use vmm_sys_util::epoll::EventSet;
@@ -170,6 +170,15 @@ pub trait Device: Any + Send {
     fn pause(&mut self) -> Result<(), DeviceError> {
         Ok(())
     }
+    /// A descriptor beside [`Device::sources`] that becomes readable when something comes for the guest while the device is
+    /// paused (vhost's tap).
+    fn paused_source(&self) -> Option<RawFd> {
+        None
+    }
+    /// Whether an event of this source is worth waking a parked guest.
+    fn rouses(&self, _token: u32) -> bool {
+        true
+    }
     /// Goes on after [`Device::pause`]. All kicks and sources are attended to afterwards in any case.
     fn resume(&mut self) -> Result<(), DeviceError> {
         Ok(())
@@ -198,6 +207,10 @@ pub struct Slot {
     pub interrupt: Arc<Interrupt>,
     /// While the VM is paused nothing is attended to.
     paused: AtomicBool,
+    /// Events attended to.
+    attended: AtomicU64,
+    /// Signalled when an event comes for a guest that stands still.
+    roused: OnceLock<Arc<EventFd>>,
     complaints: RateLimit,
 }
 
@@ -218,6 +231,8 @@ impl Slot {
             kicks,
             interrupt: Arc::new(Interrupt::new(line)),
             paused: AtomicBool::new(false),
+            attended: AtomicU64::new(0),
+            roused: OnceLock::new(),
             complaints: RateLimit::new(10, std::time::Duration::from_secs(10)),
         }))
     }
@@ -227,6 +242,32 @@ impl Slot {
         let mut device = self.device();
         let model: &mut dyn Any = &mut **device;
         model.downcast_mut::<T>().map(work)
+    }
+
+    /// From now on, `roused` is signalled when the host has something for a guest that stands still.
+    pub fn rouse_by(&self, roused: Arc<EventFd>) {
+        // Once a machine: the first stays.
+        let _ = self.roused.set(roused);
+    }
+
+    fn rouse(&self, event: Event) {
+        if let (Event::Host(token, events), Some(roused)) = (event, self.roused.get())
+            // Room in a tap or socket is no news for a guest that sends nothing.
+            && !events.difference(EventSet::OUT | EventSet::EDGE_TRIGGERED).is_empty()
+            && self.device().rouses(token)
+        {
+            let _ = roused.write(1);
+        }
+    }
+
+    /// How many events the device has attended to.
+    pub fn attended(&self) -> u64 {
+        self.attended.load(Ordering::Relaxed)
+    }
+
+    /// See [`Device::paused_source`].
+    pub fn paused_source(&self) -> Option<RawFd> {
+        self.device().paused_source()
     }
 
     /// What the device counted.
@@ -278,8 +319,10 @@ impl Slot {
 
     fn attend(&self, event: Event) {
         if self.paused.load(Ordering::Acquire) {
+            self.rouse(event);
             return;
         }
+        self.attended.fetch_add(1, Ordering::Relaxed);
         let mut device = self.device();
         if let Err(error) = device.handle(event) {
             self.break_device(&mut **device, &error);

@@ -23,6 +23,7 @@ pub mod kernel;
 
 use std::fs::File;
 use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 
 use serde::Serialize;
 use vhost::VringConfigData;
@@ -173,6 +174,11 @@ impl<B: vhost::net::VhostNet + Send + 'static> Device for VhostNet<B> {
 
     fn kicks_taken(&self) -> bool {
         true
+    }
+
+    /// While the device is paused nobody takes frames from the tap: one that comes shows.
+    fn paused_source(&self) -> Option<RawFd> {
+        Some(self.tap.as_raw_fd())
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), DeviceError> {

@@ -8,26 +8,32 @@
 //!                      |           |
 //!                      +- reset <--+ the guest reboots, and lived for a second at least
 //! ```
+//!
+//! How a running VM becomes parked and wakes is drawn in [`sleep`].
+
+mod console;
+mod control;
+pub mod sleep;
 
 use std::cell::RefCell;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::Duration;
 
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
-use mandoline_api::monitor::{ExitReason, InstanceState, Phase, RunState};
-use vmm_sys_util::epoll::EventSet;
+use mandoline_api::monitor::{ExitReason, InstanceState, RunState};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::devices::serial::{Console, Uart};
 use crate::devices::virtio::{Slot, Subscription};
 use crate::exit::Exit;
 use crate::machine::Machine;
-use crate::state::{self, Phases, StateFile};
+use crate::monitor::console::ConsoleEvents;
+use crate::monitor::control::ControlEvents;
+use crate::state::{Phases, StateFile};
 use crate::vcpu;
 
 /// The event loop failed.
@@ -58,6 +64,8 @@ pub enum Request {
     Pause,
     /// Go on.
     Resume,
+    /// Stand still and give memory back, if the guest sleeps.
+    Park,
     /// Only look.
     Look,
     /// Do this at the devices.
@@ -71,6 +79,8 @@ pub struct Report {
     pub state: InstanceState,
     /// Bytes of console output that were lost.
     pub console_lost: u64,
+    /// What parking did, where there is such.
+    pub sleep: Option<sleep::Counters>,
     /// What [`Request::Work`] said; null otherwise.
     pub said: serde_json::Value,
 }
@@ -181,6 +191,7 @@ pub fn run(mut machine: Machine, parts: Parts) -> Result<Exit, Error> {
         marked: machine.control.clone(),
         calls: parts.calls,
         boot_timer_from: parts.boot_timer_from,
+        sleeper: machine.sleeper.take(),
     }));
     control.borrow_mut().state.state(RunState::Running, None, None);
     events.add_subscriber(Box::new(Shared(control.clone())));
@@ -231,244 +242,6 @@ impl<T: MutEventSubscriber> MutEventSubscriber for Shared<T> {
 
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
         self.0.borrow_mut().process(events, ops);
-    }
-}
-
-const CONSOLE_OUTPUT: u32 = 0;
-const CONSOLE_ROOM: u32 = 1;
-const CONSOLE_SINK: u32 = 2;
-const CONSOLE_SOURCE: u32 = 3;
-
-/// The console's host side.
-struct ConsoleEvents {
-    console: Arc<Console>,
-    uart: Arc<Uart>,
-    input: Option<File>,
-    output: Option<File>,
-}
-
-impl ConsoleEvents {
-    fn hand_on(&mut self) {
-        let result = match &mut self.output {
-            Some(output) => self.console.drain(output),
-            None => Err(io::ErrorKind::NotFound.into()),
-        };
-        match result {
-            Ok(()) => {}
-            // Edge-triggered writability goes on.
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(_) => self.console.discard(),
-        }
-    }
-
-    fn feed(&mut self) {
-        if let Some(input) = &mut self.input
-            && let Err(error) = self.uart.feed(input)
-        {
-            tracing::info!(%error, "console: no more input");
-        }
-    }
-}
-
-impl MutEventSubscriber for ConsoleEvents {
-    fn init(&mut self, ops: &mut EventOps<'_>) {
-        watch(
-            ops,
-            Events::with_data(&self.console.output, CONSOLE_OUTPUT, EventSet::IN),
-        );
-        watch(
-            ops,
-            Events::with_data(&self.console.room, CONSOLE_ROOM, EventSet::IN),
-        );
-        // A regular file cannot be watched, and need not be: it never blocks.
-        if let Some(output) = &self.output {
-            let _ = ops.add(Events::with_data(
-                output,
-                CONSOLE_SINK,
-                EventSet::OUT | EventSet::EDGE_TRIGGERED,
-            ));
-        }
-        if let Some(input) = &self.input {
-            let _ = ops.add(Events::with_data(
-                input,
-                CONSOLE_SOURCE,
-                EventSet::IN | EventSet::EDGE_TRIGGERED,
-            ));
-        }
-    }
-
-    fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
-        match events.data() {
-            CONSOLE_OUTPUT => {
-                let _ = self.console.output.read();
-                self.hand_on();
-            }
-            CONSOLE_ROOM => {
-                let _ = self.console.room.read();
-                self.feed();
-            }
-            CONSOLE_SINK => self.hand_on(),
-            _ => self.feed(),
-        }
-    }
-}
-
-const CONTROL_EXIT: u32 = 0;
-const CONTROL_MARKED: u32 = 1;
-const CONTROL_SIGNAL: u32 = 2;
-const CONTROL_CALL: u32 = 3;
-
-/// Requests, signals, marks.
-struct ControlEvents {
-    slots: Vec<Arc<Slot>>,
-    console: Arc<Console>,
-    handles: Vec<vcpu::Handle>,
-    instance: InstanceState,
-    state: StateFile,
-    phases: Arc<Phases>,
-    signals: OwnedFd,
-    exit: Arc<crate::exit::ExitLatch>,
-    marked: Arc<crate::devices::control::Control>,
-    calls: Option<Calls>,
-    boot_timer_from: u64,
-}
-
-impl ControlEvents {
-    fn pause(&mut self) {
-        if self.instance == InstanceState::Running {
-            for handle in &self.handles {
-                handle.pause();
-            }
-            for slot in &self.slots {
-                slot.pause();
-            }
-            self.instance = InstanceState::Paused;
-            self.state.state(RunState::Paused, None, None);
-        }
-    }
-
-    fn resume(&mut self) {
-        if self.instance == InstanceState::Paused {
-            for slot in &self.slots {
-                slot.resume();
-            }
-            for handle in &self.handles {
-                handle.resume();
-            }
-            self.instance = InstanceState::Running;
-            self.state.state(RunState::Running, None, None);
-        }
-    }
-
-    /// Starts a guest that rebooted anew; false when the VM ends.
-    fn restart(&mut self, machine: &Machine, least: Duration) -> bool {
-        let now = state::monotonic_ns();
-        let lived = |since: u64| u128::from(now.saturating_sub(since)) >= least.as_nanos();
-        let rebooted = self
-            .exit
-            .get()
-            .is_some_and(|exit| exit.reason == ExitReason::Reboot);
-        if !rebooted || !self.phases.reached(Phase::FirstRun).is_some_and(lived) {
-            return false;
-        }
-        tracing::info!("the guest reboots");
-        self.state.phases(&self.phases);
-        self.state.state(RunState::Rebooting, None, None);
-        for handle in &self.handles {
-            handle.pause();
-        }
-        for slot in &self.slots {
-            slot.pause();
-        }
-        if let Err(error) = machine.reset(&self.handles) {
-            // The latch holds the reboot; a restart that fails is an error of its own.
-            self.exit.reopen();
-            self.exit
-                .close(ExitReason::Error, Some(format!("reboot: {error}")));
-            return false;
-        }
-        self.phases.guest_restarts();
-        self.boot_timer_from = state::monotonic_ns();
-        self.exit.reopen();
-        self.instance = InstanceState::Paused;
-        self.resume();
-        true
-    }
-
-    fn calls(&mut self) {
-        let Some(calls) = &self.calls else { return };
-        let _ = calls.event.read();
-        let pending: Vec<Call> = calls.receiver.try_iter().collect();
-        for (request, answer) in pending {
-            let mut said = Ok(serde_json::Value::Null);
-            match request {
-                Request::Pause => self.pause(),
-                Request::Resume => self.resume(),
-                Request::Look => {}
-                Request::Work(work) => said = work(&self.slots),
-            }
-            let report = said.map(|said| Report {
-                state: self.instance,
-                console_lost: self.console.lost(),
-                said,
-            });
-            // The asker may have left.
-            let _ = answer.send(report);
-        }
-    }
-
-    fn marked(&mut self) {
-        let _ = self.marked.marked().read();
-        if let Some(at) = self.phases.reached(Phase::BootTimer) {
-            let us = at.saturating_sub(self.boot_timer_from) / 1000;
-            // Firecracker's line, which benchmarks look for.
-            tracing::info!("Guest-boot-time = {us:>6} us {} ms", us / 1000);
-        }
-        self.state.phases(&self.phases);
-    }
-
-    fn signal(&mut self) {
-        // SAFETY: zeroes are a valid signalfd_siginfo, which read fills in.
-        let mut info: libc::signalfd_siginfo = unsafe { std::mem::zeroed() };
-        let size = std::mem::size_of_val(&info);
-        // SAFETY: reads at most `size` bytes into a structure of that size.
-        let got = unsafe { libc::read(self.signals.as_raw_fd(), (&raw mut info).cast(), size) };
-        if got == size as isize {
-            let detail = format!("signal {} from pid {}", info.ssi_signo, info.ssi_pid);
-            self.exit.close(ExitReason::Killed, Some(detail));
-        }
-    }
-}
-
-impl MutEventSubscriber for ControlEvents {
-    fn init(&mut self, ops: &mut EventOps<'_>) {
-        watch(
-            ops,
-            Events::with_data(self.exit.event(), CONTROL_EXIT, EventSet::IN),
-        );
-        watch(
-            ops,
-            Events::with_data(self.marked.marked(), CONTROL_MARKED, EventSet::IN),
-        );
-        watch(
-            ops,
-            Events::with_data(&self.signals, CONTROL_SIGNAL, EventSet::IN),
-        );
-        if let Some(calls) = &self.calls {
-            watch(
-                ops,
-                Events::with_data(calls.event.as_ref(), CONTROL_CALL, EventSet::IN),
-            );
-        }
-    }
-
-    fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
-        match events.data() {
-            CONTROL_MARKED => self.marked(),
-            CONTROL_SIGNAL => self.signal(),
-            CONTROL_CALL => self.calls(),
-            _ => {}
-        }
     }
 }
 
