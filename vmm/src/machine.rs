@@ -62,6 +62,9 @@ pub enum Error {
     /// A vCPU's state.
     #[error(transparent)]
     Vcpu(#[from] vcpu::state::Error),
+    /// A vCPU's CPUID.
+    #[error(transparent)]
+    Cpuid(#[from] cpuid::TooManyEntries),
     /// The VM generation id.
     #[error(transparent)]
     Generation(#[from] generation::Error),
@@ -344,7 +347,7 @@ fn create_vcpus(
         let vcpu = vm.create_vcpu(u64::from(cpu)).map_err(kvm("KVM_CREATE_VCPU"))?;
         // Not known on every host: then the guest asks kvm-clock.
         let tsc_khz = vcpu.get_tsc_khz().unwrap_or(0);
-        let shaped = cpuid::shape(&supported, cpu, count, tsc_khz, tsc_deadline);
+        let shaped = cpuid::shape(&supported, cpu, count, tsc_khz, tsc_deadline)?;
         vcpu.set_cpuid2(&shaped).map_err(kvm("KVM_SET_CPUID2"))?;
         if let Some(features) = cpuid::xsave_features(&shaped) {
             regs::set_xcr0(&vcpu, cpu, features)?;
