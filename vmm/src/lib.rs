@@ -18,6 +18,7 @@ pub mod jail;
 pub mod log;
 pub mod machine;
 pub mod memory;
+pub mod metrics;
 pub mod monitor;
 pub mod park;
 pub mod run;

@@ -28,6 +28,7 @@ use crate::devices::vsock::Vsock;
 use crate::devices::vsock::muxer::Muxer;
 use crate::exit::ExitLatch;
 use crate::memory::{self, Memory};
+use crate::metrics;
 use crate::monitor::sleep::Sleeper;
 use crate::park::ParkFile;
 use crate::state::Phases;
@@ -227,6 +228,7 @@ pub fn build(kvm_fd: &Kvm, spec: Spec, phases: &Arc<Phases>, boot_timer: bool) -
         bus,
         exit,
         phases: phases.clone(),
+        exits: metrics::vcpu_exits(spec.vcpus),
     };
     let sleeper = match spec.park {
         Some(park) => {

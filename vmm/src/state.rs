@@ -166,6 +166,30 @@ pub fn monotonic_ns() -> u64 {
     nanoseconds(rustix::time::clock_gettime(rustix::time::ClockId::Monotonic))
 }
 
+/// CPU time of this process in ns.
+pub fn cpu_ns() -> u64 {
+    nanoseconds(rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime))
+}
+
+/// Since when something counts.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Since {
+    /// `CLOCK_MONOTONIC` in ns.
+    pub monotonic_ns: u64,
+    /// CPU time of this process in ns.
+    pub cpu_ns: u64,
+}
+
+impl Since {
+    /// Since now.
+    pub fn now() -> Self {
+        Self {
+            monotonic_ns: monotonic_ns(),
+            cpu_ns: cpu_ns(),
+        }
+    }
+}
+
 /// `CLOCK_REALTIME` in ns since 1970.
 pub fn realtime_ns() -> u64 {
     nanoseconds(rustix::time::clock_gettime(rustix::time::ClockId::Realtime))

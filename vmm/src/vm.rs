@@ -31,9 +31,10 @@ use crate::fds::{self, Inherited, Paths};
 use crate::jail::seccomp::Role;
 use crate::jail::{self, Identity, seccomp};
 use crate::machine::Machine;
+use crate::metrics::{ApiCounts, Startup};
 use crate::monitor::{Calls, Parts, Terminal};
-use crate::state::{Phases, StateFile, monotonic_ns};
-use crate::{config, log, machine, monitor};
+use crate::state::{Phases, Since, StateFile};
+use crate::{config, log, machine, metrics, monitor};
 
 /// The monitor could not start.
 #[derive(Debug, thiserror::Error)]
@@ -132,6 +133,7 @@ fn start(
         .as_deref()
         .map(|path| control_socket(path, &mut inherited))
         .transpose()?;
+    let startup = metrics::startup(args.started(), args.start_time_cpu_us, args.parent_cpu_time_us);
     match (&args.config_file, server) {
         (Some(path), server) => {
             let config = read_config(path, &mut inherited)?;
@@ -139,11 +141,31 @@ fn start(
                 log::change(logger, &mut inherited)?;
             }
             let built = build(args, config, inherited, phases.clone())?;
-            let from = args.started().or(phases.reached(Phase::Main)).unwrap_or(0);
-            let api = server.map(|server| (server, None));
-            boot(args, built, api, state, signals, log_fd, from)
+            let from = Since {
+                monotonic_ns: args.started().or(phases.reached(Phase::Main)).unwrap_or(0),
+                cpu_ns: args.start_time_cpu_us.unwrap_or(0).saturating_mul(1000),
+            };
+            let told = Told {
+                state,
+                signals,
+                log_fd,
+                startup,
+                counts: Arc::default(),
+                boot_timer_from: from,
+            };
+            boot(args, built, server.map(|server| (server, None)), told)
         }
-        (None, Some(server)) => configure(args, server, inherited, state, phases, signals, log_fd),
+        (None, Some(server)) => {
+            let told = Told {
+                state,
+                signals,
+                log_fd,
+                startup,
+                counts: Arc::default(),
+                boot_timer_from: Since::default(),
+            };
+            configure(args, server, inherited, phases, told)
+        }
         (None, None) => Err(Error::Nothing),
     }
 }
@@ -153,10 +175,8 @@ fn configure(
     args: &VmArgs,
     mut server: Server,
     inherited: Inherited,
-    mut state: StateFile,
     phases: &Arc<Phases>,
-    signals: OwnedFd,
-    log_fd: i32,
+    mut told: Told,
 ) -> Result<Exit, Error> {
     if args.die_with_parent {
         jail::die_with_parent()?;
@@ -165,22 +185,24 @@ fn configure(
         id: args.id.clone(),
         config: VmConfig::default(),
         fds: inherited,
+        counts: told.counts.clone(),
     };
     loop {
         let left = server
-            .serve(Some(signals.as_fd()), &mut |request, fds| {
+            .serve(Some(told.signals.as_fd()), &mut |request, fds| {
                 configuring.answer(request, fds)
             })
             .map_err(host("control socket"))?;
         let Left::Waiting(waiting) = left else {
             let detail = Some("a signal, before boot".to_owned());
-            state.state(RunState::Exited, Some(ExitReason::Killed), detail.clone());
+            told.state
+                .state(RunState::Exited, Some(ExitReason::Killed), detail.clone());
             return Ok(Exit {
                 reason: ExitReason::Killed,
                 detail,
             });
         };
-        let from = monotonic_ns();
+        told.boot_timer_from = Since::now();
         // Whatever the attempt takes and marks is its own: if it fails, all is as before.
         let attempt = configuring.fds.try_clone().map_err(Error::from).and_then(|fds| {
             let config = configuring.config.clone();
@@ -189,15 +211,7 @@ fn configure(
         match attempt {
             Ok(built) => {
                 drop(configuring);
-                return boot(
-                    args,
-                    built,
-                    Some((server, Some(waiting))),
-                    state,
-                    signals,
-                    log_fd,
-                    from,
-                );
+                return boot(args, built, Some((server, Some(waiting))), told);
             }
             Err(error) => {
                 tracing::error!("InstanceStart: {error}");
@@ -207,12 +221,23 @@ fn configure(
     }
 }
 
+/// What the start hands on to the running monitor.
+struct Told {
+    state: StateFile,
+    signals: OwnedFd,
+    log_fd: i32,
+    startup: Startup,
+    counts: Arc<ApiCounts>,
+    boot_timer_from: Since,
+}
+
 /// Everything open, and the machine built of it.
 struct Built {
     config: VmConfig,
     inherited: Inherited,
     phases: Arc<Phases>,
     terminal: Terminal,
+    metrics: Option<File>,
     machine: Machine,
     /// The role of the event loop's thread.
     devices: Role,
@@ -225,6 +250,7 @@ fn build(
     phases: Arc<Phases>,
 ) -> Result<Built, Error> {
     let terminal = terminal(args, &config, &mut inherited)?;
+    let metrics = metrics_file(args, &config, &mut inherited)?;
     let socket = config.vsock.as_ref().map(|vsock| Path::new(&vsock.uds_path));
     let made = socket.filter(|path| !path.exists());
     let opened = config::open(&config, &mut inherited)
@@ -249,6 +275,7 @@ fn build(
         inherited,
         phases,
         terminal,
+        metrics,
         machine,
         devices: if by_path {
             Role::DevicesByPath
@@ -263,16 +290,14 @@ fn boot(
     args: &VmArgs,
     built: Built,
     api: Option<(Server, Option<Waiting>)>,
-    state: StateFile,
-    signals: OwnedFd,
-    log_fd: i32,
-    boot_timer_from: u64,
+    told: Told,
 ) -> Result<Exit, Error> {
     let Built {
         config,
         mut inherited,
         phases,
         terminal,
+        metrics,
         machine,
         devices,
     } = built;
@@ -288,7 +313,7 @@ fn boot(
     }
     let filters = args.filters();
     if filters {
-        seccomp::install_handler(log_fd).map_err(host("handler of forbidden calls"))?;
+        seccomp::install_handler(told.log_fd).map_err(host("handler of forbidden calls"))?;
     } else {
         tracing::warn!("no seccomp: this monitor may make any system call; for debugging only");
     }
@@ -309,7 +334,7 @@ fn boot(
                 config,
                 calls,
                 event: event.clone(),
-                phases: phases.clone(),
+                counts: told.counts.clone(),
                 paths: match identity {
                     Some(_) => Paths::Jailed,
                     None => Paths::Allowed,
@@ -321,9 +346,9 @@ fn boot(
     };
     let parts = Parts {
         terminal,
-        state,
+        state: told.state,
         phases,
-        signals,
+        signals: told.signals,
         calls,
         confine: if filters {
             Box::new(move || confine(devices))
@@ -335,7 +360,14 @@ fn boot(
         } else {
             || Ok(())
         },
-        boot_timer_from,
+        boot_timer_from: told.boot_timer_from,
+        metrics: metrics::Options {
+            id: args.id.clone(),
+            file: metrics,
+            filters,
+            api: told.counts,
+            startup: told.startup,
+        },
         restart_after: (args.on_reboot == OnReboot::Restart).then_some(monitor::LEAST_LIFE),
     };
     // For the node manager that comes after this one; see `VSOCK_OUT_KEPT_FD`.
@@ -390,6 +422,17 @@ fn terminal(args: &VmArgs, config: &VmConfig, inherited: &mut Inherited) -> Resu
     }
 }
 
+/// Opens where the metrics go.
+fn metrics_file(args: &VmArgs, config: &VmConfig, inherited: &mut Inherited) -> Result<Option<File>, Error> {
+    let configured = config.metrics.as_ref().map(|metrics| &metrics.metrics_path);
+    let Some(path) = args.metrics_path.as_ref().or(configured) else {
+        return Ok(None);
+    };
+    let file = inherited.sink("metrics_path", path)?;
+    nonblocking(&file)?;
+    Ok(Some(file))
+}
+
 fn reopen(number: i32, access: OFlags) -> Option<File> {
     let flags = access | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC | OFlags::APPEND;
     let path = format!("/proc/self/fd/{number}");
@@ -405,8 +448,9 @@ fn reopen(number: i32, access: OFlags) -> Option<File> {
 }
 
 fn nonblocking(file: &File) -> Result<(), Error> {
-    let flags = rustix::fs::fcntl_getfl(file).map_err(|error| host("serial")(error.into()))?;
-    rustix::fs::fcntl_setfl(file, flags | OFlags::NONBLOCK).map_err(|error| host("serial")(error.into()))
+    let failed = |error: rustix::io::Errno| host("serial or metrics: O_NONBLOCK")(error.into());
+    let flags = rustix::fs::fcntl_getfl(file).map_err(failed)?;
+    rustix::fs::fcntl_setfl(file, flags | OFlags::NONBLOCK).map_err(failed)
 }
 
 fn control_socket(path: &str, inherited: &mut Inherited) -> Result<Server, Error> {

@@ -262,6 +262,157 @@ fn configure_start_and_look(mut monitor: Monitor) {
     assert!(monitor.dir.path().join("later").exists());
 }
 
+/// Puts a drive, a balloon and metrics into a monitor and starts its guest, which runs for ever.
+fn start_with_devices(monitor: &mut Monitor) {
+    let (kernel, disk) = (
+        monitor.file("vmlinux", &kernel()),
+        monitor.file("disk", &[0; 4096]),
+    );
+    let metrics = monitor.file("metrics", b"");
+    let client = &mut monitor.client;
+    client.ok("PUT", "/metrics", json!({"metrics_path": metrics}));
+    client.ok("PUT", "/boot-source", json!({"kernel_image_path": kernel}));
+    client.ok(
+        "PUT",
+        "/drives/data",
+        json!({"drive_id": "data", "is_root_device": false, "path_on_host": disk}),
+    );
+    client.ok(
+        "PUT",
+        "/balloon",
+        json!({"amount_mib": 0, "deflate_on_oom": true, "stats_polling_interval_s": 1}),
+    );
+    client.ok("PUT", "/actions", json!({"action_type": "InstanceStart"}));
+}
+
+#[test]
+fn devices_change_while_the_guest_runs() {
+    if !kvm() {
+        return;
+    }
+    let mut monitor = Monitor::start(&[]);
+    start_with_devices(&mut monitor);
+    let bigger = monitor.file("bigger", &[0; 8192]);
+    let client = &mut monitor.client;
+    let bucket = |size: u64| json!({"size": size, "refill_time": 100});
+    client.ok(
+        "PATCH",
+        "/drives/data",
+        json!({"drive_id": "data", "path_on_host": bigger, "rate_limiter": {"bandwidth": bucket(4096), "ops": bucket(10)}}),
+    );
+    // Only what is named changes; a size of 0 takes a limit away.
+    client.ok(
+        "PATCH",
+        "/drives/data",
+        json!({"drive_id": "data", "rate_limiter": {"ops": bucket(0)}}),
+    );
+    client.ok("PATCH", "/balloon", json!({"amount_mib": 8}));
+    client.ok(
+        "PATCH",
+        "/balloon/statistics",
+        json!({"stats_polling_interval_s": 5}),
+    );
+    assert_eq!(
+        client.ok("GET", "/balloon/statistics", Value::Null)["target_mib"],
+        8
+    );
+    assert_eq!(client.ok("GET", "/balloon", Value::Null)["amount_mib"], 8);
+    let config = client.ok("GET", "/vm/config", Value::Null);
+    assert_eq!(config["drives"][0]["path_on_host"], json!(bigger));
+    assert_eq!(
+        config["drives"][0]["rate_limiter"],
+        json!({"bandwidth": bucket(4096)})
+    );
+    assert_eq!(config["balloon"]["stats_polling_interval_s"], 5);
+    for (path, body, words) in [
+        ("/drives/none", json!({"drive_id": "none"}), "no such drive"),
+        (
+            "/drives/data",
+            json!({"drive_id": "data", "path_on_host": "/no/such"}),
+            "/no/such",
+        ),
+        (
+            "/network-interfaces/eth0",
+            json!({"iface_id": "eth0"}),
+            "no such device",
+        ),
+        ("/balloon", json!({"amount_mib": 100_000}), "100000"),
+        (
+            "/balloon/statistics",
+            json!({"stats_polling_interval_s": 0}),
+            "is 0",
+        ),
+        ("/vm", json!({"state": "Parked"}), "Parked"),
+    ] {
+        let message = client.refused("PATCH", path, body);
+        assert!(message.contains(words), "{path}: {message}");
+    }
+    // What was refused changed nothing.
+    assert_eq!(client.ok("GET", "/vm/config", Value::Null), config);
+}
+
+#[test]
+fn metrics_are_a_line_for_each_flush_and_one_at_the_end() {
+    if !kvm() {
+        return;
+    }
+    let mut monitor = Monitor::start(&[]);
+    start_with_devices(&mut monitor);
+    let path = monitor.dir.path().join("metrics");
+    let client = &mut monitor.client;
+    // The guest prints two characters: two port writes.
+    while client.ok("GET", "/metrics", Value::Null)["vcpu"]["exit_io_out"] != 2 {}
+    let flush = json!({"action_type": "FlushMetrics"});
+    client.ok("PUT", "/actions", flush.clone());
+    client.refused("PATCH", "/vm", json!({"state": "Parked"}));
+    client.ok("PUT", "/actions", flush);
+    let pid = rustix::process::Pid::from_child(&monitor.process);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    assert_eq!(monitor.process.wait().unwrap().code(), Some(67));
+    let text = std::fs::read_to_string(path).unwrap();
+    let lines: Vec<Value> = text
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(lines.len(), 3);
+    assert_eq!(lines[0]["id"], "vm1");
+    assert_eq!(lines[0]["vcpu"]["exit_io_out"], 2);
+    assert_eq!(lines[0]["block_data"]["read_count"], 0);
+    assert!(lines[0]["balloon"].is_object());
+    let refused = |line: &Value| line["api_server"]["refused_count"].as_u64().unwrap();
+    assert_eq!(refused(&lines[1]), refused(&lines[0]) + 1);
+}
+
+#[test]
+fn a_jailed_monitor_takes_descriptors_and_refuses_paths() {
+    if !kvm() || !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: the jail needs root");
+        return;
+    }
+    let mut monitor = Monitor::start(&["--jail-uid", "60000", "--jail-gid", "60000"]);
+    start_with_devices(&mut monitor);
+    let other = monitor.file("other", &[0; 8192]);
+    let client = &mut monitor.client;
+    let body = json!({"drive_id": "data", "path_on_host": other});
+    assert!(client.refused("PATCH", "/drives/data", body).contains("jailed"));
+    let log = json!({"log_path": other});
+    assert!(client.refused("PUT", "/logger", log).contains("jailed"));
+    let file = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(other)
+        .unwrap();
+    let body = json!({"drive_id": "data", "path_on_host": "fd:disk2"});
+    client.send("PATCH", "/drives/data", &body, &[("disk2", file.as_fd())]);
+    assert_eq!(client.answer().0, 204);
+    let drives = &client.ok("GET", "/vm/config", Value::Null)["drives"];
+    assert_eq!(drives[0]["path_on_host"], "fd:disk2");
+    assert!(
+        client.refused("PATCH", "/drives/data", body).contains("disk2"),
+        "it is used up"
+    );
+}
+
 #[test]
 fn a_start_that_fails_says_why_and_can_be_tried_again() {
     if !kvm() {

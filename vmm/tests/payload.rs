@@ -21,7 +21,7 @@ use mandoline_vmm::exit::Exit;
 use mandoline_vmm::jail::seccomp::{self, Role};
 use mandoline_vmm::machine::{self, Machine};
 use mandoline_vmm::monitor::{self, Call, Calls, Parts, Request, Terminal};
-use mandoline_vmm::state::{Phases, StateFile};
+use mandoline_vmm::state::{Phases, Since, StateFile};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -253,7 +253,8 @@ fn finish_with(
             } else {
                 || Ok(())
             },
-            boot_timer_from: 0,
+            boot_timer_from: Since::default(),
+            metrics: Default::default(),
             restart_after,
         };
         monitor::run(machine, parts).unwrap()

@@ -5,6 +5,7 @@
 
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::Arc;
 
 use mandoline_api::monitor::{Drive, FD_PREFIX, InstanceInfo, InstanceState, Logger, Version, VmConfig};
 
@@ -12,6 +13,7 @@ use crate::api::http::{Request, Response};
 use crate::api::routes::{self, Command};
 use crate::api::server::Reply;
 use crate::fds::Inherited;
+use crate::metrics::ApiCounts;
 use crate::{config, fds, log};
 
 /// The configuration as it grows.
@@ -22,6 +24,8 @@ pub struct Configuring {
     pub config: VmConfig,
     /// Descriptors that were inherited or came with requests, and are not used yet.
     pub fds: Inherited,
+    /// Counts requests.
+    pub counts: Arc<ApiCounts>,
 }
 
 /// Puts `one` in place of the one with the same name, or at the end.
@@ -35,10 +39,13 @@ fn put<T>(all: &mut Vec<T>, one: T, name: impl Fn(&T) -> &str) {
 impl Configuring {
     /// Answers a request; the answer to `InstanceStart` comes later.
     pub fn answer(&mut self, request: &Request, fds: Inherited) -> Reply {
-        match self.execute(request, fds) {
-            Ok(reply) => reply,
-            Err(refusal) => Reply::Now(refusal),
-        }
+        let reply = self.execute(request, fds).unwrap_or_else(Reply::Now);
+        let status = match &reply {
+            Reply::Now(response) => response.status,
+            Reply::Later => 0,
+        };
+        self.counts.count(&request.method, status);
+        reply
     }
 
     fn execute(&mut self, request: &Request, fds: Inherited) -> Result<Reply, Response> {

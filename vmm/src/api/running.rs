@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 
 use mandoline_api::monitor::{
-    DrivePatch, InstanceInfo, NetworkInterfacePatch, Phase, RateLimiter, Version, VmConfig, VmPatchState,
+    DrivePatch, InstanceInfo, NetworkInterfacePatch, RateLimiter, Version, VmConfig, VmPatchState,
 };
 use serde_json::Value;
 use vmm_sys_util::eventfd::EventFd;
@@ -19,8 +19,8 @@ use crate::devices::net::Net;
 use crate::devices::virtio::Device;
 use crate::fds::{Inherited, Paths};
 use crate::log;
+use crate::metrics::ApiCounts;
 use crate::monitor::{self, Call, Report, Work};
-use crate::state::Phases;
 
 /// What the routes need after boot.
 pub struct Running {
@@ -32,8 +32,8 @@ pub struct Running {
     pub calls: Sender<Call>,
     /// Signalled with each.
     pub event: Arc<EventFd>,
-    /// Phases, for the metrics.
-    pub phases: Arc<Phases>,
+    /// Counts requests.
+    pub counts: Arc<ApiCounts>,
     /// Whether a request may name a path.
     pub paths: Paths,
 }
@@ -41,9 +41,9 @@ pub struct Running {
 impl Running {
     /// Answers a request.
     pub fn answer(&mut self, request: &Request, fds: Inherited) -> Reply {
-        match self.execute(request, fds) {
-            Ok(response) | Err(response) => Reply::Now(response),
-        }
+        let (Ok(response) | Err(response)) = self.execute(request, fds);
+        self.counts.count(&request.method, response.status);
+        Reply::Now(response)
     }
 
     fn execute(&mut self, request: &Request, mut fds: Inherited) -> Result<Response, Response> {
@@ -62,7 +62,7 @@ impl Running {
             })),
             Command::GetVmConfig => Ok(Response::json(&self.config)),
             Command::GetMachineConfig => Ok(Response::json(&self.config.machine_config)),
-            Command::GetMetrics => self.metrics(),
+            Command::GetMetrics => Ok(Response::json(&self.ask(monitor::Request::Metrics)?.said)),
             Command::GetBalloon => {
                 let said = self.at("balloon", |balloon: &mut Balloon| said(&balloon.options()))?;
                 Ok(Response::json(&said))
@@ -106,7 +106,7 @@ impl Running {
                 Ok(Response::done())
             }
             Command::FlushMetrics => {
-                tracing::info!(target: "metrics", "{}", self.metrics()?.body);
+                self.ask(monitor::Request::FlushMetrics)?;
                 Ok(Response::done())
             }
             Command::SendCtrlAltDel => Err(Response::fault(
@@ -197,23 +197,6 @@ impl Running {
         };
         self.ask(wanted)?;
         Ok(Response::done())
-    }
-
-    fn metrics(&self) -> Result<Response, Response> {
-        let report = self.ask(monitor::Request::Look)?;
-        let at = |phase| self.phases.reached(phase);
-        let between = |from, to| Some(at(to)?.saturating_sub(at(from)?) / 1000);
-        Ok(Response::json(&serde_json::json!({
-            "id": self.id,
-            "state": report.state,
-            "serial": {"lost_bytes": report.console_lost},
-            "park": report.sleep,
-            "start": {
-                "set_up_us": between(Phase::Main, Phase::FirstRun),
-                "first_serial_byte_us": between(Phase::Main, Phase::FirstSerialByte),
-                "boot_timer_us": between(Phase::Main, Phase::BootTimer),
-            },
-        })))
     }
 }
 

@@ -15,7 +15,8 @@ use crate::devices::serial::Console;
 use crate::devices::virtio::Slot;
 use crate::exit::ExitLatch;
 use crate::machine::Machine;
-use crate::state::{self, Phases, StateFile};
+use crate::metrics::{self, Recorder};
+use crate::state::{self, Phases, Since, StateFile};
 use crate::vcpu;
 
 const CONTROL_EXIT: u32 = 0;
@@ -25,6 +26,7 @@ const CONTROL_CALL: u32 = 3;
 const CONTROL_TIMER: u32 = 4;
 const CONTROL_ROUSED: u32 = 5;
 const CONTROL_PAUSED_SOURCE: u32 = 6;
+const CONTROL_METRICS: u32 = 7;
 
 /// Requests, signals, marks.
 pub(super) struct ControlEvents {
@@ -38,7 +40,8 @@ pub(super) struct ControlEvents {
     pub(super) exit: Arc<ExitLatch>,
     pub(super) marked: Arc<Control>,
     pub(super) calls: Option<Calls>,
-    pub(super) boot_timer_from: u64,
+    pub(super) boot_timer_from: Since,
+    pub(super) recorder: Recorder,
     /// What parks the VM, if it has where to put its memory.
     pub(super) sleeper: Option<Sleeper>,
 }
@@ -207,7 +210,7 @@ impl ControlEvents {
             return false;
         }
         self.phases.guest_restarts();
-        self.boot_timer_from = state::monotonic_ns();
+        self.boot_timer_from = Since::now();
         self.exit.reopen();
         if let Some(sleeper) = &mut self.sleeper {
             sleeper.forget();
@@ -229,6 +232,11 @@ impl ControlEvents {
                 Request::Resume => self.resume(ops, Waker::Request),
                 Request::Park => said = self.park(ops).map(|()| serde_json::Value::Null),
                 Request::Look => {}
+                Request::Metrics => {
+                    let seen = seen(self.instance, &self.slots, &self.console, self.sleeper.as_ref());
+                    said = Ok(self.recorder.report(&seen));
+                }
+                Request::FlushMetrics => self.flush_metrics(),
                 Request::Work(work) => said = work(&self.slots),
             }
             let report = said.map(|said| Report {
@@ -242,12 +250,23 @@ impl ControlEvents {
         }
     }
 
+    /// Writes a line of metrics.
+    pub(super) fn flush_metrics(&mut self) {
+        let seen = seen(self.instance, &self.slots, &self.console, self.sleeper.as_ref());
+        self.recorder.flush(&seen);
+    }
+
     fn marked(&mut self) {
         let _ = self.marked.marked().read();
         if let Some(at) = self.phases.reached(Phase::BootTimer) {
-            let us = at.saturating_sub(self.boot_timer_from) / 1000;
+            let us = at.saturating_sub(self.boot_timer_from.monotonic_ns) / 1000;
+            let cpu_us = state::cpu_ns().saturating_sub(self.boot_timer_from.cpu_ns) / 1000;
             // Firecracker's line, which benchmarks look for.
-            tracing::info!("Guest-boot-time = {us:>6} us {} ms", us / 1000);
+            tracing::info!(
+                "Guest-boot-time = {us:>6} us {} ms, {cpu_us:>6} CPU us {} CPU ms",
+                us / 1000,
+                cpu_us / 1000
+            );
         }
         self.state.phases(&self.phases);
     }
@@ -262,6 +281,21 @@ impl ControlEvents {
             let detail = format!("signal {} from pid {}", info.ssi_signo, info.ssi_pid);
             self.exit.close(ExitReason::Killed, Some(detail));
         }
+    }
+}
+
+/// What the metrics hold beside what their recorder counts.
+fn seen<'a>(
+    state: InstanceState,
+    slots: &'a [Arc<Slot>],
+    console: &Console,
+    sleeper: Option<&Sleeper>,
+) -> metrics::Seen<'a> {
+    metrics::Seen {
+        state,
+        slots,
+        console_lost: console.lost(),
+        sleep: sleeper.map(Sleeper::counters),
     }
 }
 
@@ -285,6 +319,9 @@ impl MutEventSubscriber for ControlEvents {
                 Events::with_data(calls.event.as_ref(), CONTROL_CALL, EventSet::IN),
             );
         }
+        if let Some(timer) = self.recorder.timer() {
+            watch(ops, Events::with_data(timer, CONTROL_METRICS, EventSet::IN));
+        }
         if let Some(sleeper) = &mut self.sleeper {
             watch(
                 ops,
@@ -303,6 +340,7 @@ impl MutEventSubscriber for ControlEvents {
             CONTROL_MARKED => self.marked(),
             CONTROL_SIGNAL => self.signal(),
             CONTROL_CALL => self.calls(ops),
+            CONTROL_METRICS => self.flush_metrics(),
             CONTROL_TIMER => self.timer(ops),
             CONTROL_ROUSED | CONTROL_PAUSED_SOURCE => self.roused(ops),
             _ => {}

@@ -31,9 +31,10 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::devices::virtio::{Slot, Subscription};
 use crate::exit::Exit;
 use crate::machine::Machine;
+use crate::metrics::{self, Recorder};
 use crate::monitor::console::ConsoleEvents;
 use crate::monitor::control::ControlEvents;
-use crate::state::{Phases, StateFile};
+use crate::state::{Phases, Since, StateFile};
 use crate::vcpu;
 
 /// The event loop failed.
@@ -68,6 +69,10 @@ pub enum Request {
     Park,
     /// Only look.
     Look,
+    /// Say what was counted.
+    Metrics,
+    /// Write a line of metrics.
+    FlushMetrics,
     /// Do this at the devices.
     Work(Work),
 }
@@ -81,7 +86,7 @@ pub struct Report {
     pub console_lost: u64,
     /// What parking did, where there is such.
     pub sleep: Option<sleep::Counters>,
-    /// What [`Request::Work`] said; null otherwise.
+    /// What [`Request::Work`] said, or what was counted; null otherwise.
     pub said: serde_json::Value,
 }
 
@@ -143,8 +148,10 @@ pub struct Parts {
     pub confine: Box<dyn FnOnce() -> Result<(), String>>,
     /// Puts a vCPU's thread under its filter.
     pub confine_vcpu: fn() -> Result<(), String>,
-    /// Since when the boot timer counts (`CLOCK_MONOTONIC` ns).
-    pub boot_timer_from: u64,
+    /// Since when the boot timer counts.
+    pub boot_timer_from: Since,
+    /// Where the metrics go.
+    pub metrics: metrics::Options,
     /// A guest that reboots after it lived for this long starts again in this process; `None`: never.
     pub restart_after: Option<Duration>,
 }
@@ -179,6 +186,11 @@ pub fn run(mut machine: Machine, parts: Parts) -> Result<Exit, Error> {
             parts.confine_vcpu,
         )?);
     }
+    let recorder = Recorder::new(parts.metrics, machine.shared.exits.clone(), parts.phases.clone());
+    let recorder = recorder.map_err(|source| Error::Host {
+        what: "timer of the metrics",
+        source,
+    })?;
     let control = Rc::new(RefCell::new(ControlEvents {
         slots: machine.slots.clone(),
         console: machine.console.clone(),
@@ -191,6 +203,7 @@ pub fn run(mut machine: Machine, parts: Parts) -> Result<Exit, Error> {
         marked: machine.control.clone(),
         calls: parts.calls,
         boot_timer_from: parts.boot_timer_from,
+        recorder,
         sleeper: machine.sleeper.take(),
     }));
     control.borrow_mut().state.state(RunState::Running, None, None);
@@ -218,6 +231,7 @@ pub fn run(mut machine: Machine, parts: Parts) -> Result<Exit, Error> {
         handle.stop();
     }
     terminal.borrow_mut().hand_on();
+    control.flush_metrics();
     // The latch is closed, so there is a reason.
     let exit = exit.get().unwrap_or(Exit {
         reason: ExitReason::Error,

@@ -27,6 +27,7 @@ use mandoline_api::monitor::{ExitReason, Phase};
 
 use crate::bus::Bus;
 use crate::exit::ExitLatch;
+use crate::metrics::VcpuExits;
 use crate::state::Phases;
 
 /// What a vCPU shall do, and what it does.
@@ -122,6 +123,8 @@ pub struct Shared {
     pub exit: Arc<ExitLatch>,
     /// Where it marks its first entry.
     pub phases: Arc<Phases>,
+    /// Where each counts its exits.
+    pub exits: Arc<[VcpuExits]>,
 }
 
 /// The signal that interrupts `KVM_RUN`.
@@ -259,8 +262,19 @@ impl Handle {
 
 /// Runs the guest until `stop` is asked for.
 fn run(cpu: u8, vcpu: &mut VcpuFd, shared: &Shared, mailbox: &Mailbox, immediate_exit: ImmediateExit) {
-    let Shared { bus, exit, phases } = shared;
-    let failed = |what: String| exit.close(ExitReason::Error, Some(format!("vCPU {cpu}: {what}")));
+    let Shared {
+        bus,
+        exit,
+        phases,
+        exits,
+    } = shared;
+    // As many as vCPUs; one without counters counts for nobody.
+    let nobody = VcpuExits::default();
+    let exits = exits.get(usize::from(cpu)).unwrap_or(&nobody);
+    let failed = |what: String| {
+        exits.fatal.count();
+        exit.close(ExitReason::Error, Some(format!("vCPU {cpu}: {what}")));
+    };
     loop {
         if exit.is_closed() {
             mailbox.stand_still();
@@ -270,10 +284,22 @@ fn run(cpu: u8, vcpu: &mut VcpuFd, shared: &Shared, mailbox: &Mailbox, immediate
         }
         phases.mark(Phase::FirstRun);
         match vcpu.run() {
-            Ok(VcpuExit::IoOut(port, data)) => bus.port_write(port, data),
-            Ok(VcpuExit::IoIn(port, data)) => bus.port_read(port, data),
-            Ok(VcpuExit::MmioRead(address, data)) => bus.read(address, data),
-            Ok(VcpuExit::MmioWrite(address, data)) => bus.write(address, data),
+            Ok(VcpuExit::IoOut(port, data)) => {
+                exits.io_out.count();
+                bus.port_write(port, data);
+            }
+            Ok(VcpuExit::IoIn(port, data)) => {
+                exits.io_in.count();
+                bus.port_read(port, data);
+            }
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                exits.mmio_read.count();
+                bus.read(address, data);
+            }
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                exits.mmio_write.count();
+                bus.write(address, data);
+            }
             Ok(VcpuExit::Shutdown) => exit.close(ExitReason::TripleFault, Some(where_it_stands(cpu, vcpu))),
             Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen) => {}
             Ok(VcpuExit::FailEntry(reason, _)) => {
@@ -288,6 +314,7 @@ fn run(cpu: u8, vcpu: &mut VcpuFd, shared: &Shared, mailbox: &Mailbox, immediate
                 failed(format!("exit of KVM that the monitor does not know: {text}"));
             }
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                exits.interrupted.count();
                 if !attend(vcpu, mailbox, immediate_exit) {
                     return;
                 }
