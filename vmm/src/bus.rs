@@ -2,7 +2,9 @@
 //!
 //! Device windows have one size and follow each other, so that the bus is an index, not a search.
 
+use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use mandoline_api::monitor::{EXIT_PAGE, EXIT_PAGE_SIZE};
 
@@ -10,6 +12,7 @@ use crate::boot::layout::{MMIO_WINDOW, VIRTIO_MMIO};
 use crate::devices::control::{Control, I8042_COMMAND, RESET_PORT, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT};
 use crate::devices::serial::Uart;
 use crate::devices::virtio::mmio::Transport;
+use crate::log::RateLimit;
 
 /// The serial port's first port.
 pub const SERIAL_PORT: u16 = 0x3f8;
@@ -23,15 +26,26 @@ pub struct Bus {
     uart: Arc<Uart>,
     control: Arc<Control>,
     virtio: Vec<Transport>,
+    /// Memory that KVM lets the guest read only.
+    read_only: Vec<Range<u64>>,
+    complaints: RateLimit,
 }
 
 impl Bus {
-    /// Puts the devices on the bus; virtio devices in the order of their windows.
-    pub fn new(uart: Arc<Uart>, control: Arc<Control>, virtio: Vec<Transport>) -> Self {
+    /// Puts the devices on the bus; virtio devices in the order of their windows. Stores to what is `read_only` come here,
+    /// loads from it do not.
+    pub fn new(
+        uart: Arc<Uart>,
+        control: Arc<Control>,
+        virtio: Vec<Transport>,
+        read_only: Vec<Range<u64>>,
+    ) -> Self {
         Self {
             uart,
             control,
             virtio,
+            read_only,
+            complaints: RateLimit::new(1, Duration::from_secs(10)),
         }
     }
 
@@ -85,6 +99,13 @@ impl Bus {
             transport.write(offset, data);
         } else if let (Some(offset), Some(value)) = (exit_page(address), data.first()) {
             self.control.page_write(offset, *value);
+        } else if self.read_only.iter().any(|window| window.contains(&address))
+            && let Some(suppressed) = self.complaints.pass()
+        {
+            tracing::warn!(
+                suppressed,
+                "a store to read-only memory at {address:#x} is ignored"
+            );
         }
     }
 

@@ -8,11 +8,12 @@ use std::time::Duration;
 
 use mandoline_api::monitor::{
     Balloon, CacheType, Drive as DriveConfig, Hardware, MAX_MEM_MIB, MAX_VCPUS, MIN_MEM_MIB,
-    NetworkInterface, RateLimiter, VSOCK_OUT_FD, VmConfig,
+    NetworkInterface, Pmem as PmemConfig, RateLimiter, VSOCK_OUT_FD, VmConfig,
 };
 
 use crate::boot::layout::MAX_DEVICES;
 use crate::devices::net::tap;
+use crate::devices::pmem::file_system::knows_dax;
 use crate::devices::vsock::outward::Outward;
 use crate::devices::{blk, net};
 use crate::fds::{self, Inherited};
@@ -79,6 +80,18 @@ pub struct Vsock {
     pub outward: Outward,
 }
 
+/// A persistent memory device, open.
+pub struct Pmem {
+    /// Its name.
+    pub id: String,
+    /// Its file.
+    pub file: File,
+    /// Whether the guest may only read.
+    pub read_only: bool,
+    /// How often it may flush.
+    pub limit: Option<RateLimiter>,
+}
+
 /// A VM to be built: everything open, everything checked.
 pub struct Spec {
     /// vCPUs.
@@ -103,6 +116,8 @@ pub struct Spec {
     pub entropy: Option<RateLimiter>,
     /// The memory balloon.
     pub balloon: Option<Balloon>,
+    /// Persistent memory in order.
+    pub pmem: Vec<Pmem>,
     /// How an idle VM gives its memory back.
     pub park: Option<Park>,
 }
@@ -162,7 +177,8 @@ pub fn check(config: &VmConfig) -> Result<(), Error> {
         + config.network_interfaces.len()
         + usize::from(config.vsock.is_some())
         + usize::from(config.entropy.is_some())
-        + usize::from(config.balloon.is_some());
+        + usize::from(config.balloon.is_some())
+        + config.pmem.len();
     if devices > MAX_DEVICES {
         return Err(value(
             "number of devices",
@@ -244,6 +260,8 @@ pub fn open(config: &VmConfig, inherited: &mut Inherited) -> Result<Spec, Error>
         drives.push(Drive { file, options });
     }
 
+    let pmem = open_pmem(&config.pmem, &mut command_line, inherited)?;
+
     let interfaces = config
         .network_interfaces
         .iter()
@@ -277,6 +295,7 @@ pub fn open(config: &VmConfig, inherited: &mut Inherited) -> Result<Spec, Error>
             .as_ref()
             .map(|entropy| entropy.rate_limiter.unwrap_or_default()),
         balloon: check_balloon(config.balloon, machine.mem_size_mib)?,
+        pmem,
         park: config
             .park
             .as_ref()
@@ -301,6 +320,42 @@ fn root(index: usize, drive: &DriveConfig) -> Result<String, Error> {
         return Err(value("partuuid", partuuid, allowed));
     }
     Ok(format!(" root=PARTUUID={partuuid} {mode}"))
+}
+
+/// Opens persistent memory, and names the root on the command line if it is there.
+fn open_pmem(
+    devices: &[PmemConfig],
+    command_line: &mut String,
+    inherited: &mut Inherited,
+) -> Result<Vec<Pmem>, Error> {
+    let mut open = Vec::with_capacity(devices.len());
+    for (index, device) in devices.iter().enumerate() {
+        if devices[..index].iter().any(|other| other.id == device.id) {
+            return Err(value("pmem id", &device.id, "one that no other pmem has"));
+        }
+        let what = format!("pmem {}", device.id);
+        let file = inherited.file(&what, &device.path_on_host, !device.read_only)?;
+        if device.root_device && !has_word(command_line, "root=") {
+            let mode = if device.read_only { "ro" } else { "rw" };
+            command_line.push_str(&format!(" root=/dev/pmem{index} {mode}"));
+            if knows_dax(&file) && !has_word(command_line, "rootflags=") {
+                command_line.push_str(" rootflags=dax");
+            }
+        }
+        open.push(Pmem {
+            id: device.id.clone(),
+            file,
+            read_only: device.read_only,
+            limit: device.rate_limiter,
+        });
+    }
+    Ok(open)
+}
+
+fn has_word(command_line: &str, start: &str) -> bool {
+    command_line
+        .split_whitespace()
+        .any(|word| word.starts_with(start))
 }
 
 fn check_balloon(balloon: Option<Balloon>, memory_mib: u64) -> Result<Option<Balloon>, Error> {
@@ -523,6 +578,34 @@ mod tests {
         assert_eq!(refused(&roots), "number of root devices is 2; allowed: up to 1");
         let twice = format!(r#", "drives": [{}, {}]"#, drive("a", false), drive("a", false));
         assert!(refused(&twice).starts_with("drive_id is a;"));
+    }
+
+    #[test]
+    fn the_root_in_memory_is_mounted_with_dax_where_the_file_system_can() {
+        let line = |text: &str| {
+            let mut config = config("");
+            config.boot_source.boot_args = Some(text.into());
+            let file = tempfile::NamedTempFile::new().unwrap();
+            file.as_file().set_len(4096).unwrap();
+            std::os::unix::fs::FileExt::write_all_at(file.as_file(), &[0xe2, 0xe1, 0xf5, 0xe0], 1024)
+                .unwrap();
+            config.pmem = ["data", "root"]
+                .map(|id| PmemConfig {
+                    id: id.into(),
+                    path_on_host: file.path().to_str().unwrap().into(),
+                    root_device: id == "root",
+                    read_only: true,
+                    rate_limiter: None,
+                })
+                .into();
+            let line = open(&config, &mut Inherited::default()).unwrap().command_line;
+            config.pmem[0].id = "root".into();
+            assert!(open(&config, &mut Inherited::default()).is_err());
+            line
+        };
+        assert_eq!(line("quiet"), "quiet root=/dev/pmem1 ro rootflags=dax");
+        assert_eq!(line("rootflags=a"), "rootflags=a root=/dev/pmem1 ro");
+        assert_eq!(line("root=/dev/vda"), "root=/dev/vda");
     }
 
     #[test]

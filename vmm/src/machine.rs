@@ -1,5 +1,6 @@
 //! A VM put together: KVM, memory, kernel, devices, vCPUs; ready to run.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use kvm_bindings::{KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip};
@@ -20,6 +21,8 @@ use crate::devices::control::Control;
 use crate::devices::generation::{self, GenerationId};
 use crate::devices::net::Net;
 use crate::devices::net::vhost::{self, VhostNet};
+use crate::devices::pmem::mapping::Space;
+use crate::devices::pmem::{self, Pmem};
 use crate::devices::rng::Rng;
 use crate::devices::serial::{Console, Uart};
 use crate::devices::virtio::mmio::{Transport, register};
@@ -78,6 +81,9 @@ pub enum Error {
     /// An interface that the kernel shall serve.
     #[error(transparent)]
     Vhost(#[from] vhost::Error),
+    /// Persistent memory.
+    #[error(transparent)]
+    Pmem(#[from] pmem::mapping::MapError),
     /// An event descriptor.
     #[error("{what}: {source}")]
     Host {
@@ -159,7 +165,7 @@ pub fn build(kvm_fd: &Kvm, spec: Spec, phases: &Arc<Phases>, boot_timer: bool) -
     memory::register(&vm, &memory)?;
     phases.mark(Phase::MemoryReady);
 
-    let models = device_models(
+    let mut models = device_models(
         &memory,
         spec.drives,
         spec.interfaces,
@@ -167,6 +173,8 @@ pub fn build(kvm_fd: &Kvm, spec: Spec, phases: &Arc<Phases>, boot_timer: bool) -
         spec.entropy,
         spec.balloon,
     )?;
+    let (memories, read_only) = pmem_models(kvm_fd, &vm, &memory, spec.pmem)?;
+    models.extend(memories);
     let places: Vec<(u64, u32)> = (0..models.len())
         .filter_map(|n| Some((device_window(n), device_gsi(n)?)))
         .collect();
@@ -213,7 +221,7 @@ pub fn build(kvm_fd: &Kvm, spec: Spec, phases: &Arc<Phases>, boot_timer: bool) -
         transports.push(Transport::new(slot.clone(), memory.clone()));
         slots.push(slot);
     }
-    let bus = Arc::new(Bus::new(uart.clone(), control.clone(), transports));
+    let bus = Arc::new(Bus::new(uart.clone(), control.clone(), transports, read_only));
 
     let vcpus = create_vcpus(kvm_fd, &vm, spec.vcpus, entry, spec.hardware)?;
     let power_on = PowerOn {
@@ -325,6 +333,36 @@ fn device_models(
         models.push(("balloon".to_owned(), Box::new(model)));
     }
     Ok(models)
+}
+
+/// Persistent memory, mapped into the guest: the models with their names, and the windows that it may not write.
+fn pmem_models(
+    kvm_fd: &Kvm,
+    vm: &VmFd,
+    memory: &Memory,
+    devices: Vec<config::Pmem>,
+) -> Result<(Vec<NamedDevice>, Vec<Range<u64>>), Error> {
+    let (mut models, mut read_only): (Vec<NamedDevice>, _) = (Vec::new(), Vec::new());
+    if devices.is_empty() {
+        return Ok((models, read_only));
+    }
+    let cpuid = kvm_fd
+        .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+        .map_err(kvm("KVM_GET_SUPPORTED_CPUID"))?;
+    let mut space = Space::above(memory, &cpuid);
+    for device in devices {
+        if device.read_only && !kvm_fd.check_extension(Cap::ReadonlyMem) {
+            return Err(Error::Lacks(Cap::ReadonlyMem));
+        }
+        let window = space.map(vm, &device.id, &device.file, device.read_only)?;
+        if device.read_only {
+            read_only.push(window.clone());
+        }
+        let model = Pmem::new(device.file, window, device.read_only, device.limit.as_ref());
+        let model = model.map_err(host("pmem's rate limiter"))?;
+        models.push((format!("pmem {}", device.id), Box::new(model)));
+    }
+    Ok((models, read_only))
 }
 
 fn interrupt_line(vm: &VmFd, gsi: u32) -> Result<EventFd, Error> {

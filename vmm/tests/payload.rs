@@ -152,6 +152,7 @@ fn spec(code: Code) -> Spec {
         vsock: None,
         entropy: None,
         balloon: None,
+        pmem: Vec::new(),
         park: None,
     }
 }

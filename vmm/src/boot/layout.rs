@@ -17,6 +17,7 @@
 //! 0xc000_0000  MMIO: boot/exit page, then one 4 KiB page for each virtio device
 //! 0xfec0_0000  IOAPIC        0xfee0_0000  local APIC        0xfffb_d000  KVM's TSS (Intel)
 //! 0x1_0000_0000  RAM above the hole
+//! next GiB       persistent memory: a window for each device
 //! ```
 //!
 //! The constants agree with Firecracker's, so that tools which know one find their way in the other.
@@ -57,6 +58,17 @@ pub const HIGH_RAM: u64 = 0x10_0000;
 pub const MMIO_HOLE: u64 = 0xc000_0000;
 /// Where RAM goes on above the hole.
 pub const RAM_ABOVE_HOLE: u64 = 0x1_0000_0000;
+/// Where windows of persistent memory begin and end: a large page, so that both sides can map it by such.
+pub const PMEM_ALIGNMENT: u64 = 2 << 20;
+
+/// The first window of persistent memory, when RAM ends with `last`: the next GiB, since Linux wants what is no RAM in
+/// other sections (128 MiB) than RAM.
+pub const fn pmem_window(last: u64) -> u64 {
+    let end = last.saturating_add(1);
+    let end = if end < RAM_ABOVE_HOLE { RAM_ABOVE_HOLE } else { end };
+    end.next_multiple_of(1 << 30)
+}
+
 /// Size of one device's window in the hole.
 pub const MMIO_WINDOW: u64 = 0x1000;
 /// The first virtio device's window, after the boot/exit page.
