@@ -197,6 +197,10 @@ fn configuration(
             iface_id: "eth0".to_owned(),
             host_dev_name: handed.give("tap0", tap)?,
             guest_mac: args.mac(),
+            vhost: args
+                .vhost
+                .then(|| handed.file("vhost", "/dev/vhost-net".as_ref(), true))
+                .transpose()?,
             ..NetworkInterface::default()
         });
     }
