@@ -271,3 +271,47 @@ fn a_write_goes_on_where_it_found_no_space() {
         assert!(bench.contents() == bytes);
     }
 }
+
+#[test]
+fn without_io_uring_requests_go_on_by_ordinary_calls() {
+    // A file that is only a name cannot be registered: so it is on a host without io_uring, up to the reason.
+    let name = std::env::temp_dir();
+    let name = rustix::fs::open(&name, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
+    let mut bench = bench(IoEngine::Sync, 8, false);
+    bench.blk.engine = Engine::new(File::from(name), IoEngine::Async, "name");
+    let reason = bench.blk.metrics()["io_engine_fallback"].clone();
+    assert!(reason.is_string(), "{reason}");
+    assert_eq!(bench.blk.metrics()["io_engine"], "Sync");
+    bench.blk.engine.replace(bench.file.try_clone().unwrap());
+    assert_eq!(bench.request(0, 3, 512, true), (0, 513));
+    assert_eq!(bench.ring.get(DATA, 512), [4; 512]);
+    assert_eq!(bench.blk.metrics()["io_engine_fallback"], reason);
+}
+
+#[test]
+fn a_chain_of_a_saved_vm_passes_the_checks_of_any() {
+    for (held, address) in [(0, 1 << 50), (0, 0x7000_0000), (9, DATA)] {
+        let mut bench = bench(IoEngine::Sync, 8, false);
+        bench.header(1, 0);
+        let pieces = [(HEADER, 16, false), (address, 512, false), (STATUS, 1, true)];
+        bench.ring.offer(&pieces);
+        let progress = Progress {
+            next_available: 1,
+            next_used: 0,
+            held: vec![held],
+        };
+        let activation = Activation {
+            memory: bench.ring.memory.clone(),
+            queues: vec![Some(queue_again(&bench, &progress))],
+            features: bench.blk.disk.features,
+            interrupt: bench.interrupt.clone(),
+            kicks: vec![bench.kick.clone()],
+        };
+        bench.blk.reset();
+        let result = bench.blk.activate(activation);
+        assert!(
+            matches!(result, Err(DeviceError::Chain { .. })),
+            "head {held}, buffer {address:#x}"
+        );
+    }
+}

@@ -1,6 +1,7 @@
 //! Tests of the block device: what it does for an honest driver and what it does not for another.
 
 mod in_flight;
+mod speed;
 mod updates;
 
 use std::io::{Read, Write};
