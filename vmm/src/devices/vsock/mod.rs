@@ -78,8 +78,9 @@ impl Vsock {
             }
             chain.only_writable().map_err(|error| rx.refuse(error))?;
             let room = chain.writable.bytes();
-            if room < HEADER_BYTES as u64 {
-                let error = chain.wrong_length("receive buffer", room, HEADER_BYTES as u64, u64::MAX);
+            // A header alone carries no data: a stream that has some would wait for ever.
+            if room <= HEADER_BYTES as u64 {
+                let error = chain.wrong_length("receive buffer", room, HEADER_BYTES as u64 + 1, u64::MAX);
                 return Err(rx.refuse(error));
             }
             let mut front = chain.writable.clone_front(HEADER_BYTES as u64);

@@ -49,7 +49,7 @@ pub struct Muxer {
     keys: HashMap<Key, u64>,
     next_token: u64,
     next_port: u32,
-    /// Streams with something for the guest, in turn.
+    /// Streams with something for the guest, in turn; each once, and none that is gone.
     ready: VecDeque<Key>,
     /// Resets for packets that belong to no stream.
     resets: VecDeque<Header>,
@@ -218,6 +218,7 @@ impl Muxer {
 
     fn remove(&mut self, key: Key) {
         self.connections.remove(&key);
+        self.ready.retain(|ready| *ready != key);
         if let Some(token) = self.keys.remove(&key) {
             self.tokens.remove(&token);
         }
@@ -296,7 +297,11 @@ impl Muxer {
                 ..reset
             });
         }
-        while let Some(key) = self.ready.pop_front() {
+        // Each stream once: one whose data the buffer has no room for is ready again at once.
+        for _ in 0..self.ready.len() {
+            let Some(key) = self.ready.pop_front() else {
+                break;
+            };
             let Some(connection) = self.connections.get_mut(&key) else {
                 continue;
             };

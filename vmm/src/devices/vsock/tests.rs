@@ -329,6 +329,31 @@ fn a_length_that_lies_is_an_error() {
 }
 
 #[test]
+fn streams_that_come_and_go_unheard_leave_nothing_behind() {
+    let mut bench = bench();
+    let listener = UnixListener::bind(bench.directory.path().join("v_1024")).unwrap();
+    for port in 0..200 {
+        bench.send(op::REQUEST, (1024, port), b"", 0, 0);
+        listener.accept().unwrap();
+        // The answer to the request still waits for a buffer.
+        assert!(bench.vsock.muxer.has_packet());
+        bench.send(op::RESET, (1024, port), b"", 0, 0);
+    }
+    assert_eq!(bench.vsock.muxer.streams(), 0);
+    assert!(!bench.vsock.muxer.has_packet());
+}
+
+#[test]
+fn a_receive_buffer_without_room_for_data_is_an_error() {
+    let mut bench = bench();
+    let (mut stream, _) = bench.inward();
+    stream.write_all(b"data").unwrap();
+    bench.rx.offer(&[(RX_AT, HEADER_BYTES as u32, true)]);
+    let event = Event::Host(MUXER_TOKEN, EventSet::IN);
+    assert!(bench.vsock.handle(event).is_err());
+}
+
+#[test]
 fn without_a_driver_streams_are_refused() {
     let mut bench = bench();
     bench.vsock.reset();
