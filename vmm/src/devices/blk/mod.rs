@@ -56,10 +56,10 @@ const ID_BYTES: usize = 20;
 const ROUND_BYTES: u64 = 16 << 20;
 
 /// How requests are executed where the configuration says nothing. Chosen by `tests::speed` (4 KiB at random places of a
-/// file on ext4, one queue, two busy cores, Linux 6.18): while the host has the file in its cache `Sync` costs as much or
-/// less (8 us a read to 10 us at depth 32, 31 us a write to 44 us), and most of a sliver's disk is. Where it is not,
-/// `Async` reads four times as much at depth 32 (16 us to 66 us) and leaves the other devices alone meanwhile: say so in
-/// `io_engine` for a drive of many cold reads.
+/// file on ext4, two busy cores, Linux 6.18, two runs): while the host has the file in its cache, reads cost the same to a
+/// fifth (5 to 8 us at depth 32) and writes are mostly dearer by `Async`, up to 2.5 times; and most of a sliver's disk is in
+/// the cache. Where it is not, `Async` reads four times as much at depth 32 and leaves the other devices alone meanwhile:
+/// ask for it by `io_engine` where cold reads matter.
 pub const DEFAULT_ENGINE: IoEngine = IoEngine::Sync;
 
 const LIMITER: u32 = 0;
