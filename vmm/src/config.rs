@@ -255,7 +255,7 @@ pub fn open(config: &VmConfig, inherited: &mut Inherited) -> Result<Spec, Error>
                 .split_whitespace()
                 .any(|word| word.starts_with("root="))
         {
-            command_line.push_str(&root(index, drive)?);
+            add_words(&mut command_line, &root(index, drive)?);
         }
         drives.push(Drive { file, options });
     }
@@ -337,9 +337,9 @@ fn open_pmem(
         let file = inherited.file(&what, &device.path_on_host, !device.read_only)?;
         if device.root_device && !has_word(command_line, "root=") {
             let mode = if device.read_only { "ro" } else { "rw" };
-            command_line.push_str(&format!(" root=/dev/pmem{index} {mode}"));
+            add_words(command_line, &format!(" root=/dev/pmem{index} {mode}"));
             if knows_dax(&file) && !has_word(command_line, "rootflags=") {
-                command_line.push_str(" rootflags=dax");
+                add_words(command_line, " rootflags=dax");
             }
         }
         open.push(Pmem {
@@ -350,6 +350,12 @@ fn open_pmem(
         });
     }
     Ok(open)
+}
+
+/// Adds words (each with a space before it) to the kernel's part: what follows `--` is for init.
+fn add_words(command_line: &mut String, words: &str) {
+    let end = command_line.find(" -- ").unwrap_or(command_line.len());
+    command_line.insert_str(end, words);
 }
 
 fn has_word(command_line: &str, start: &str) -> bool {
@@ -606,6 +612,7 @@ mod tests {
         assert_eq!(line("quiet"), "quiet root=/dev/pmem1 ro rootflags=dax");
         assert_eq!(line("rootflags=a"), "rootflags=a root=/dev/pmem1 ro");
         assert_eq!(line("root=/dev/vda"), "root=/dev/vda");
+        assert_eq!(line("a -- -c b"), "a root=/dev/pmem1 ro rootflags=dax -- -c b");
     }
 
     #[test]

@@ -460,8 +460,13 @@ impl Device for Balloon {
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
         let stats = |(index, _): &(usize, _)| role(*index, activation.features) == Some(Role::Stats);
         // A restored queue knows the buffer that the device held when it was saved.
-        let held = activation.queues.iter().enumerate().find(stats);
-        let held = held.and_then(|(_, queue)| queue.as_ref()?.progress().held.first().copied());
+        let queue = activation.queues.iter().enumerate().find(stats);
+        let queue = queue.and_then(|(_, queue)| queue.as_ref());
+        let held = queue.and_then(|queue| queue.progress().held.first().copied());
+        // Linux offers its first buffer, and kicks, before it says that it is ready.
+        if let Some(queue) = queue {
+            queue.again();
+        }
         self.active = Some(Active {
             queues: activation.queues,
             features: activation.features,

@@ -310,6 +310,19 @@ fn statistics_are_held_until_the_next_are_due() {
 }
 
 #[test]
+fn a_buffer_offered_before_the_driver_is_ready_is_found() {
+    let mut balloon = Balloon::new(&options(), 16 * MIB).unwrap();
+    let (mut rings, activation, kicks) = rings(QUEUES, QUEUE_SIZE, FEATURE_STATS);
+    rings[2].put(LIST, &[4, 0, 77, 0, 0, 0, 0, 0, 0, 0]);
+    rings[2].offer(&[(LIST, 10, false)]);
+    balloon.handle(Event::Kick(2)).unwrap();
+    balloon.activate(activation).unwrap();
+    assert_eq!(kicks[2].read().unwrap(), 1);
+    balloon.handle(Event::Kick(2)).unwrap();
+    assert_eq!(balloon.statistics().unwrap().free_memory, Some(77));
+}
+
+#[test]
 fn the_timer_asks() {
     let mut bench = bench();
     bench.send_stats(&[(4, 2)]).unwrap();

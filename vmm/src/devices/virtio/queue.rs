@@ -234,6 +234,24 @@ impl WorkQueue {
         self.queue.enable_notification(&self.memory).map_err(failed)
     }
 
+    /// Asks for a kick at the next chain that the driver adds, though others wait already; returns how many it has added
+    /// until now (modulo 2^16).
+    pub fn want_kick_for_more(&mut self) -> Result<u16, DeviceError> {
+        let added = self.added()?;
+        let next = self.queue.next_avail();
+        self.queue.set_next_avail(added);
+        let result = self.want_kicks();
+        self.queue.set_next_avail(next);
+        result?;
+        Ok(added)
+    }
+
+    /// How many chains the driver has added (modulo 2^16).
+    pub fn added(&self) -> Result<u16, DeviceError> {
+        let added = self.queue.avail_idx(&self.memory, Ordering::Acquire);
+        Ok(added.map_err(self.ring_error())?.0)
+    }
+
     /// Asks for no kicks.
     pub fn no_kicks(&mut self) -> Result<(), DeviceError> {
         let failed = self.ring_error();

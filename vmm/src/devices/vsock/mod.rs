@@ -2,8 +2,16 @@
 //!
 //! Inwards a host program connects to the listening socket, writes `CONNECT <port>\n` and reads `OK <n>\n`.
 //! Outwards the guest connects to CID 2, and the stream is handed to the node manager (see [`outward`]).
+//!
+//! Streams do not survive a restore; the guest's driver is told to end them. Linux does that in a thread of its own, in
+//! which it would end a new stream too. So the guest gets no packet until it is through:
+//!
+//! ```text
+//!  restore -> Due --a buffer for events--> Told --the driver put it back--> None
+//! ```
 
 pub mod connection;
+mod metrics;
 pub mod muxer;
 pub mod outward;
 pub mod packet;
@@ -33,8 +41,18 @@ pub struct Vsock {
     config: [u8; 8],
     active: Option<Active>,
     chain: Chain,
-    /// Streams of a saved guest did not come along: its driver is to end them (5.10.6.7).
-    transport_reset: bool,
+    transport_reset: TransportReset,
+}
+
+/// Streams of a saved guest did not come along: its driver is to end them (5.10.6.7).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum TransportReset {
+    /// Nothing to tell, or told and done.
+    None,
+    /// To be told.
+    Due,
+    /// Told, when the driver had added this many buffers for events: it is done when it adds the next.
+    Told(u16),
 }
 
 struct Active {
@@ -52,12 +70,15 @@ impl Vsock {
             config: u64::from(guest_cid).to_le_bytes(),
             active: None,
             chain: Chain::default(),
-            transport_reset: false,
+            transport_reset: TransportReset::None,
         }
     }
 
     /// To the guest, while it has buffers.
     fn receive(&mut self) -> Result<(), DeviceError> {
+        if !self.transport_reset_done()? {
+            return Ok(());
+        }
         let Some(Active { rx, .. }) = &mut self.active else {
             return Ok(());
         };
@@ -103,7 +124,7 @@ impl Vsock {
     /// Tells a restored driver that its streams are gone, as soon as it has a buffer for that.
     fn tell_transport_reset(&mut self) -> Result<(), DeviceError> {
         let events = self.active.as_mut().and_then(|active| active.events.as_mut());
-        let Some(events) = events.filter(|_| self.transport_reset) else {
+        let Some(events) = events.filter(|_| self.transport_reset == TransportReset::Due) else {
             return Ok(());
         };
         if events.pop(&mut self.chain)? {
@@ -111,10 +132,25 @@ impl Vsock {
             chain.only_writable().map_err(|error| events.refuse(error))?;
             let written = chain.writable.put_front(&TRANSPORT_RESET);
             events.used(chain.head, written as u32)?;
+            // Before the driver hears of it, so that what it adds is after this.
+            self.transport_reset = TransportReset::Told(events.want_kick_for_more()?);
             events.announce()?;
-            self.transport_reset = false;
         }
         Ok(())
+    }
+
+    /// Whether the driver has ended the streams of before. One without a queue for events cannot be told.
+    fn transport_reset_done(&mut self) -> Result<bool, DeviceError> {
+        let events = self.active.as_ref().and_then(|active| active.events.as_ref());
+        let done = match (self.transport_reset, events) {
+            (TransportReset::None, _) | (_, None) => true,
+            (TransportReset::Due, Some(_)) => false,
+            (TransportReset::Told(added), Some(events)) => events.added()? != added,
+        };
+        if done {
+            self.transport_reset = TransportReset::None;
+        }
+        Ok(done)
     }
 
     /// From the guest.
@@ -177,7 +213,7 @@ impl Device for Vsock {
 
     fn reset(&mut self) {
         self.active = None;
-        self.transport_reset = false;
+        self.transport_reset = TransportReset::None;
         self.muxer.reset();
     }
 
@@ -221,7 +257,9 @@ impl Device for Vsock {
     }
 
     fn metrics(&self) -> serde_json::Value {
-        serde_json::json!({ "streams": self.muxer.streams() })
+        let mut metrics = serde_json::to_value(self.muxer.metrics).unwrap_or_default();
+        metrics["streams"] = self.muxer.streams().into();
+        metrics
     }
 }
 

@@ -19,6 +19,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::devices::virtio::chain::Buffers;
 use crate::devices::vsock::connection::{Connection, Key, State};
+use crate::devices::vsock::metrics::Metrics;
 use crate::devices::vsock::outward::Outward;
 use crate::devices::vsock::packet::{Header, TYPE_STREAM, op};
 use crate::log::RateLimit;
@@ -30,7 +31,7 @@ pub const MAX_STREAMS: usize = 1024;
 /// Most resets that wait for room in the guest's queue; more are left out, and the guest's own timeouts rule.
 const MAX_RESETS: usize = 256;
 /// First host port of inward streams; outward ones use the ports of services, far below.
-const FIRST_HOST_PORT: u32 = 1 << 30;
+pub(super) const FIRST_HOST_PORT: u32 = 1 << 30;
 const LISTENER_TOKEN: u64 = u64::MAX;
 const EVENTS_AT_ONCE: usize = 32;
 
@@ -48,12 +49,13 @@ pub struct Muxer {
     /// The reverse.
     keys: HashMap<Key, u64>,
     next_token: u64,
-    next_port: u32,
+    pub(super) next_port: u32,
     /// Streams with something for the guest, in turn; each once, and none that is gone.
     ready: VecDeque<Key>,
     /// Resets for packets that belong to no stream.
     resets: VecDeque<Header>,
     complaints: RateLimit,
+    pub(super) metrics: Metrics,
 }
 
 impl Muxer {
@@ -77,6 +79,7 @@ impl Muxer {
             ready: VecDeque::new(),
             resets: VecDeque::new(),
             complaints: RateLimit::new(10, std::time::Duration::from_secs(10)),
+            metrics: Metrics::default(),
         })
     }
 
@@ -92,6 +95,7 @@ impl Muxer {
 
     /// Ends every stream: the guest's driver was reset.
     pub fn reset(&mut self) {
+        self.metrics.conns_removed += self.connections.len() as u64;
         self.connections.clear();
         self.greeting.clear();
         self.tokens.clear();
@@ -198,6 +202,7 @@ impl Muxer {
     }
 
     fn insert(&mut self, token: u64, key: Key, connection: Connection) {
+        self.metrics.conns_added += 1;
         self.tokens.insert(token, key);
         self.keys.insert(key, token);
         self.connections.insert(key, connection);
@@ -217,7 +222,9 @@ impl Muxer {
     }
 
     fn remove(&mut self, key: Key) {
-        self.connections.remove(&key);
+        if self.connections.remove(&key).is_some() {
+            self.metrics.conns_removed += 1;
+        }
         self.ready.retain(|ready| *ready != key);
         if let Some(token) = self.keys.remove(&key) {
             self.tokens.remove(&token);
@@ -226,6 +233,9 @@ impl Muxer {
 
     /// A packet from the guest; `data` holds exactly `header.length` bytes.
     pub fn guest_packet(&mut self, header: &Header, data: &mut Buffers) {
+        self.metrics.tx_packets_count += 1;
+        self.metrics.tx_bytes_count += u64::from(header.length);
+        self.metrics.tx_resets += u64::from(header.op == op::RESET);
         // Nobody lives at other addresses; a guest that uses them gets silence, as on a wire.
         if header.src_cid != self.guest_cid || header.dst_cid != HOST_CID {
             return;
@@ -266,7 +276,10 @@ impl Muxer {
 
     /// Answers a packet that belongs nowhere.
     fn refuse(&mut self, header: &Header) {
-        if header.op != op::RESET && self.resets.len() < MAX_RESETS {
+        if header.op == op::RESET {
+            return;
+        }
+        if self.resets.len() < MAX_RESETS {
             self.resets.push_back(Header {
                 src_port: header.dst_port,
                 dst_port: header.src_port,
@@ -274,6 +287,8 @@ impl Muxer {
                 op: op::RESET,
                 ..Header::default()
             });
+        } else {
+            self.metrics.resets_dropped += 1;
         }
     }
 
@@ -284,6 +299,14 @@ impl Muxer {
 
     /// The next packet for the guest: data goes into `data`, the header is returned.
     pub fn next_packet(&mut self, data: &mut Buffers) -> Option<Header> {
+        let header = self.take_packet(data)?;
+        self.metrics.rx_packets_count += 1;
+        self.metrics.rx_bytes_count += u64::from(header.length);
+        self.metrics.rx_resets += u64::from(header.op == op::RESET);
+        Some(header)
+    }
+
+    fn take_packet(&mut self, data: &mut Buffers) -> Option<Header> {
         let ours = Header {
             src_cid: HOST_CID,
             dst_cid: self.guest_cid,

@@ -14,30 +14,44 @@ use crate::devices::vsock::outward::Outward;
 
 const TX_AT: u64 = 0x20_0000;
 const RX_AT: u64 = 0x40_0000;
+const EVENTS_AT: u64 = 0x8_0000;
 const CID: u32 = 3;
 
 struct Bench {
     vsock: Vsock,
     rx: Ring,
     tx: Ring,
+    events: Ring,
     directory: tempfile::TempDir,
     offered: u64,
     waiting: Option<u64>,
 }
 
 fn bench() -> Bench {
+    restored(None, 64, 0)
+}
+
+/// A device that took back a state before its driver's queues, of which that for events has `buffers`.
+fn restored(saved: Option<&Saved>, size: u16, buffers: u64) -> Bench {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("v");
     let listener = UnixListener::bind(&path).unwrap();
     let mut vsock = Vsock::new(CID, Muxer::new(CID, listener, Outward::Path(path)).unwrap());
-    let (mut rings, activation, _) = rings(3, 64, 0);
+    if let Some(saved) = saved {
+        vsock.restore(saved).unwrap();
+    }
+    let (mut rings, activation, _) = rings(3, size, 0);
+    let mut events = rings.pop().unwrap();
+    for n in 0..buffers {
+        events.offer(&[(EVENTS_AT + 16 * n, 4, true)]);
+    }
     vsock.activate(activation).unwrap();
-    rings.pop();
     let (tx, rx) = (rings.pop().unwrap(), rings.pop().unwrap());
     Bench {
         vsock,
         rx,
         tx,
+        events,
         directory,
         offered: 0,
         waiting: None,
@@ -351,6 +365,127 @@ fn a_receive_buffer_without_room_for_data_is_an_error() {
     bench.rx.offer(&[(RX_AT, HEADER_BYTES as u32, true)]);
     let event = Event::Host(MUXER_TOKEN, EventSet::IN);
     assert!(bench.vsock.handle(event).is_err());
+}
+
+#[test]
+fn a_restored_guest_ends_its_streams_before_it_hears_of_new_ones() {
+    let mut before = bench();
+    let (_stream, (port, _)) = before.inward();
+    let saved = before.vsock.save();
+
+    let mut bench = restored(Some(&saved), 64, 3);
+    assert_eq!(bench.events.used(), Some((0, 4)));
+    assert_eq!(bench.events.used(), None);
+    assert_eq!(bench.events.get(EVENTS_AT, 4), [0; 4]);
+    let mut stream = bench.connect();
+    stream.write_all(b"CONNECT 1024\n").unwrap();
+    bench.host();
+    assert!(bench.receive().is_none());
+    // A kick of nothing, as after a pause, is no sign.
+    bench.vsock.handle(Event::Kick(EVENTS)).unwrap();
+    assert!(bench.receive().is_none());
+    bench.events.offer(&[(EVENTS_AT, 4, true)]);
+    bench.vsock.handle(Event::Kick(EVENTS)).unwrap();
+    let (request, _) = bench.receive().unwrap();
+    assert_eq!(request.op, op::REQUEST);
+    // The guest may still know the ports of before.
+    assert_eq!(request.src_port, port + 1);
+    assert_eq!(bench.events.used(), None);
+}
+
+#[test]
+fn a_restored_driver_is_told_when_it_has_a_buffer_for_that() {
+    let saved = bench().vsock.save();
+    let mut bench = restored(Some(&saved), 64, 0);
+    bench.host();
+    assert_eq!(bench.events.used(), None);
+    bench.events.offer(&[(EVENTS_AT, 4, true)]);
+    bench.vsock.handle(Event::Kick(EVENTS)).unwrap();
+    assert_eq!(bench.events.used(), Some((0, 4)));
+    // A reset is the end of all of it.
+    bench.vsock.reset();
+    assert_eq!(bench.vsock.transport_reset, TransportReset::None);
+}
+
+#[test]
+fn states_that_cannot_be_are_refused() {
+    let good = bench().vsock.save();
+    let refused = |name: &str, value: u64| {
+        let mut saved = good.clone();
+        saved.state[name] = value.into();
+        bench().vsock.restore(&saved).unwrap_err().to_string()
+    };
+    assert!(refused("guest_cid", 2).contains("guest_cid is 2"));
+    assert!(refused("next_port", 1024).contains("next_port is 1024"));
+    assert!(refused("streams", 1).contains("streams"));
+}
+
+#[test]
+fn a_guest_without_buffers_gets_its_data_when_it_has_some() {
+    let mut bench = bench();
+    let (mut stream, _) = bench.inward();
+    stream.write_all(b"first").unwrap();
+    for _ in 0..3 {
+        // Nothing is read from the socket, and the inner set is empty: nobody is called again.
+        bench.host();
+        let epoll = libc::pollfd {
+            fd: bench.vsock.muxer.epoll_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        let mut epoll = [epoll];
+        // SAFETY: one descriptor, in an array that lives through the call.
+        assert_eq!(unsafe { libc::poll(epoll.as_mut_ptr(), 1, 0) }, 0);
+    }
+    stream.write_all(b", second").unwrap();
+    bench.host();
+    assert_eq!(bench.receive().unwrap().1, b"first, second");
+}
+
+#[test]
+fn streams_and_resets_are_bounded() {
+    let mut bench = bench();
+    for port in 0..300 {
+        bench.send(op::DATA, (9, port), b"", 0, 0);
+    }
+    let metrics = bench.vsock.metrics();
+    assert_eq!(metrics["resets_dropped"], 300 - 256);
+    assert_eq!(metrics["tx_packets_count"], 300);
+
+    let _streams: Vec<UnixStream> = (0..muxer::MAX_STREAMS + 5)
+        .map(|_| {
+            let stream = bench.connect();
+            bench.host();
+            stream
+        })
+        .collect();
+    assert_eq!(bench.vsock.muxer.streams(), muxer::MAX_STREAMS);
+}
+
+#[test]
+fn what_goes_by_is_counted() {
+    let mut bench = bench();
+    let (mut stream, key) = bench.inward();
+    bench.send(op::DATA, key, b"12345", 0, 0);
+    stream.write_all(b"123").unwrap();
+    bench.host();
+    bench.receive().unwrap();
+    let metrics = bench.vsock.metrics();
+    assert_eq!(
+        (&metrics["tx_bytes_count"], &metrics["rx_bytes_count"]),
+        (&5.into(), &3.into())
+    );
+    assert_eq!(
+        (&metrics["conns_added"], &metrics["streams"]),
+        (&1.into(), &1.into())
+    );
+    bench.send(op::RESET, key, b"", 0, 0);
+    let metrics = bench.vsock.metrics();
+    assert_eq!(
+        (&metrics["tx_resets"], &metrics["conns_removed"]),
+        (&1.into(), &1.into())
+    );
+    assert_eq!(metrics["streams"], 0);
 }
 
 #[test]
