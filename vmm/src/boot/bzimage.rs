@@ -13,7 +13,7 @@ use std::fs::File;
 use linux_loader::loader::bootparam::{LOADED_HIGH, XLF_KERNEL_64, setup_header};
 use vm_memory::ByteValued;
 
-use crate::boot::image::{Entry, Error, Image, Segment, read_at};
+use crate::boot::image::{self, Entry, Error, Image, Segment, read_at};
 use crate::boot::layout::HIGH_RAM;
 
 /// Where the setup header begins in the file, and in the zero page.
@@ -76,15 +76,7 @@ pub fn read(file: &File) -> Result<Image, Error> {
     let offset = (u64::from(sectors) + 1) * SECTOR;
     // Behind the kernel there may be a signature; the last paragraph may be cut short.
     let announced = u64::from(header.syssize) * PARAGRAPH;
-    let there = file
-        .metadata()
-        .map_err(|source| Error::Read {
-            offset: 0,
-            bytes: 0,
-            source,
-        })?
-        .len()
-        .saturating_sub(offset);
+    let there = image::length(file)?.saturating_sub(offset);
     let file_bytes = announced.min(there);
     if file_bytes <= ENTRY_64 || announced - file_bytes >= PARAGRAPH {
         return Err(range("syssize", u64::from(header.syssize)));

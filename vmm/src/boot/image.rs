@@ -10,6 +10,7 @@
 //! checked before it is used.
 
 use std::fs::File;
+use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 
 use linux_loader::loader::bootparam::setup_header;
@@ -29,6 +30,9 @@ pub enum Error {
         /// What the host said.
         source: std::io::Error,
     },
+    /// How long the file is cannot be had.
+    #[error("finding the end of the kernel image: {0}")]
+    Length(std::io::Error),
     /// No format that is known.
     #[error("kernel image begins with {0:02x?}: it is neither an ELF `vmlinux` nor a `bzImage`")]
     Format([u8; 4]),
@@ -143,6 +147,11 @@ pub(super) fn read_at(file: &File, buffer: &mut [u8], offset: u64) -> Result<(),
         bytes: buffer.len(),
         source,
     })
+}
+
+/// Length of the file, by seeking: that a jailed monitor may still do when its guest reboots.
+pub(super) fn length(mut file: &File) -> Result<u64, Error> {
+    file.seek(SeekFrom::End(0)).map_err(Error::Length)
 }
 
 #[cfg(test)]
