@@ -262,7 +262,13 @@ impl Balloon {
             let (Some(Role::Stats), Some(queue)) = (role(index, active.features), queue) else {
                 continue;
             };
-            if active.held.is_some() || !queue.pop(&mut self.chain)? {
+            if active.held.is_some() {
+                continue;
+            }
+            if !queue.pop(&mut self.chain)? {
+                if queue.want_kicks()? {
+                    queue.again();
+                }
                 continue;
             }
             let chain = &mut self.chain;

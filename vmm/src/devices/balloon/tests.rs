@@ -323,6 +323,21 @@ fn a_buffer_offered_before_the_driver_is_ready_is_found() {
 }
 
 #[test]
+fn the_driver_is_asked_to_kick_for_each_answer() {
+    let features = FEATURE_STATS | crate::devices::virtio::FEATURE_EVENT_INDEX;
+    let mut bench = bench_of(&options(), features);
+    for free in 0..4 {
+        let bytes = [4, 0, free, 0, 0, 0, 0, 0, 0, 0];
+        bench.rings[2].put(LIST, &bytes);
+        bench.rings[2].offer(&[(LIST, 10, false)]);
+        assert!(bench.rings[2].wants_kick(), "answer {free}");
+        bench.balloon.handle(Event::Kick(2)).unwrap();
+        assert_eq!(bench.balloon.statistics().unwrap().free_memory, Some(free.into()));
+        bench.stats_due();
+    }
+}
+
+#[test]
 fn the_timer_asks() {
     let mut bench = bench();
     bench.send_stats(&[(4, 2)]).unwrap();

@@ -8,7 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::devices::virtio::interrupt::Interrupt;
 use crate::devices::virtio::queue::WorkQueue;
-use crate::devices::virtio::{Activation, FEATURE_VERSION_1};
+use crate::devices::virtio::{Activation, FEATURE_EVENT_INDEX, FEATURE_VERSION_1};
 use crate::memory::{self, Memory};
 
 pub(crate) const NEXT: u16 = 1;
@@ -23,6 +23,8 @@ pub(crate) struct Ring {
     made: u16,
     seen: u16,
     free: u16,
+    /// Whether both sides say by index when they want to hear of more (`VIRTIO_F_EVENT_IDX`).
+    event_index: bool,
 }
 
 impl Ring {
@@ -34,6 +36,7 @@ impl Ring {
             made: 0,
             seen: 0,
             free: 0,
+            event_index: false,
         }
     }
 
@@ -54,6 +57,7 @@ impl Ring {
         queue
             .try_set_used_ring_address(GuestAddress(self.used_ring()))
             .unwrap();
+        queue.set_event_idx(self.event_index);
         queue.set_ready(true);
         assert!(queue.is_valid(&self.memory));
         WorkQueue::new(index, queue, self.memory.clone(), interrupt.clone(), kick.clone())
@@ -96,6 +100,13 @@ impl Ring {
         self.memory
             .write_obj(index, GuestAddress(self.available() + 2))
             .unwrap();
+    }
+
+    /// Whether the device wants a kick for the chain that was offered last.
+    pub(crate) fn wants_kick(&self) -> bool {
+        let at = self.used_ring() + 4 + 8 * u64::from(self.size);
+        let event: u16 = self.memory.read_obj(GuestAddress(at)).unwrap();
+        event == self.made.wrapping_sub(1)
     }
 
     pub(crate) fn set_used_index(&self, index: u16) {
@@ -144,6 +155,10 @@ pub(crate) fn rings_in(
     let interrupt = Arc::new(Interrupt::new(event()));
     let rings: Vec<Ring> = (0..count)
         .map(|n| Ring::new(&memory, 0x1_0000 * (n as u64 + 1), size))
+        .map(|ring| Ring {
+            event_index: features & FEATURE_EVENT_INDEX != 0,
+            ..ring
+        })
         .inspect(|ring| ring.put(ring.base, &[0; 0x8000]))
         .collect();
     let kicks: Vec<Arc<EventFd>> = (0..count).map(|_| Arc::new(event())).collect();

@@ -135,6 +135,8 @@ impl Vsock {
             // Before the driver hears of it, so that what it adds is after this.
             self.transport_reset = TransportReset::Told(events.want_kick_for_more()?);
             events.announce()?;
+        } else if events.want_kicks()? {
+            events.again();
         }
         Ok(())
     }

@@ -8,6 +8,7 @@ use proptest::prelude::*;
 
 use super::packet::{SHUTDOWN_BOTH, SHUTDOWN_SEND, TYPE_STREAM, op};
 use super::*;
+use crate::devices::virtio::FEATURE_EVENT_INDEX;
 use crate::devices::virtio::testing::{Ring, rings};
 use crate::devices::vsock::connection::BUFFER_BYTES;
 use crate::devices::vsock::outward::Outward;
@@ -40,7 +41,7 @@ fn restored(saved: Option<&Saved>, size: u16, buffers: u64) -> Bench {
     if let Some(saved) = saved {
         vsock.restore(saved).unwrap();
     }
-    let (mut rings, activation, _) = rings(3, size, 0);
+    let (mut rings, activation, _) = rings(3, size, FEATURE_EVENT_INDEX);
     let mut events = rings.pop().unwrap();
     for n in 0..buffers {
         events.offer(&[(EVENTS_AT + 16 * n, 4, true)]);
@@ -385,6 +386,7 @@ fn a_restored_guest_ends_its_streams_before_it_hears_of_new_ones() {
     bench.vsock.handle(Event::Kick(EVENTS)).unwrap();
     assert!(bench.receive().is_none());
     bench.events.offer(&[(EVENTS_AT, 4, true)]);
+    assert!(bench.events.wants_kick());
     bench.vsock.handle(Event::Kick(EVENTS)).unwrap();
     let (request, _) = bench.receive().unwrap();
     assert_eq!(request.op, op::REQUEST);
@@ -400,6 +402,7 @@ fn a_restored_driver_is_told_when_it_has_a_buffer_for_that() {
     bench.host();
     assert_eq!(bench.events.used(), None);
     bench.events.offer(&[(EVENTS_AT, 4, true)]);
+    assert!(bench.events.wants_kick());
     bench.vsock.handle(Event::Kick(EVENTS)).unwrap();
     assert_eq!(bench.events.used(), Some((0, 4)));
     // A reset is the end of all of it.
