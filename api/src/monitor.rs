@@ -71,6 +71,7 @@ pub struct VsockOut {
 
 /// `GET /`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 pub struct InstanceInfo {
     /// `"Mandoline"`.
     pub app_name: String,
@@ -84,6 +85,7 @@ pub struct InstanceInfo {
 
 /// `GET /version`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 pub struct Version {
     /// The monitor's version, under the name that Firecracker's clients ask for.
     pub firecracker_version: String,
@@ -91,6 +93,7 @@ pub struct Version {
 
 /// Whether the vCPUs run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 pub enum InstanceState {
     /// Configured, not booted.
     #[serde(rename = "Not started")]
@@ -105,6 +108,7 @@ pub enum InstanceState {
 
 /// `PATCH /vm`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct VmPatch {
     /// The state wanted.
@@ -113,6 +117,7 @@ pub struct VmPatch {
 
 /// The state that `PATCH /vm` asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 pub enum VmPatchState {
     /// Stop the vCPUs.
     Paused,
@@ -124,6 +129,7 @@ pub enum VmPatchState {
 
 /// `PUT /actions`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Action {
     /// What to do.
@@ -132,6 +138,7 @@ pub struct Action {
 
 /// What `PUT /actions` can do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 pub enum ActionType {
     /// Write the metrics out.
     FlushMetrics,
@@ -143,6 +150,7 @@ pub enum ActionType {
 
 /// The body of every error answer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 pub struct Fault {
     /// What went wrong: the thing, its value, and what is allowed.
     pub fault_message: String,

@@ -8,6 +8,7 @@ use super::{Logger, Metrics, Serial};
 
 /// The configuration file (`--config-file`), Firecracker's shape.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct VmConfig {
     /// Kernel and command line.
@@ -50,6 +51,7 @@ pub struct VmConfig {
 
 /// What to boot.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct BootSource {
     /// Path of an ELF `vmlinux` or a `bzImage`, or `fd:NAME`.
@@ -64,6 +66,7 @@ pub struct BootSource {
 
 /// CPUs and memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct MachineConfig {
     /// Number of vCPUs, 1 to [`MAX_VCPUS`].
@@ -89,6 +92,7 @@ pub struct MachineConfig {
 
 /// `PATCH /machine-config`: what is absent stays.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct MachineConfigPatch {
     /// Number of vCPUs, 1 to [`MAX_VCPUS`].
@@ -134,6 +138,7 @@ impl MachineConfigPatch {
 
 /// The CPU that the guest sees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 pub enum CpuTemplate {
     /// The host's, less what a VM cannot have.
     None,
@@ -141,6 +146,7 @@ pub enum CpuTemplate {
 
 /// The pages that back guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 pub enum HugePages {
     /// Pages of 4 KiB (the default: a small sliver touches little).
     #[default]
@@ -151,6 +157,7 @@ pub enum HugePages {
 
 /// How the guest is told of its hardware (ours).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum Hardware {
     /// An MP table and a `virtio_mmio.device=` for each device on the command line: the fastest start.
@@ -183,6 +190,7 @@ impl Default for MachineConfig {
 
 /// One block device.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Drive {
     /// Name of the drive; its first 20 bytes are the serial number that the guest sees.
@@ -210,6 +218,7 @@ pub struct Drive {
 
 /// `PATCH /drives/{drive_id}`: what changes while the guest runs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct DrivePatch {
     /// Which drive.
@@ -224,6 +233,7 @@ pub struct DrivePatch {
 
 /// What a flush request of the guest does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 pub enum CacheType {
     /// Flush requests are not offered to the guest.
     Unsafe,
@@ -234,6 +244,7 @@ pub enum CacheType {
 
 /// How block requests are executed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 pub enum IoEngine {
     /// `preadv`/`pwritev` in the device thread.
     #[default]
@@ -244,6 +255,7 @@ pub enum IoEngine {
 
 /// Limits in bytes and in operations; a bucket that is absent does not limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct RateLimiter {
     /// Bytes.
@@ -256,6 +268,7 @@ pub struct RateLimiter {
 
 /// A token bucket: `size` tokens come back in `refill_time` ms, evenly.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct TokenBucket {
     /// Most tokens that it holds. 0 with a `refill_time` of 0 takes the limit away (in a PATCH).
@@ -269,6 +282,7 @@ pub struct TokenBucket {
 
 /// One network interface.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct NetworkInterface {
     /// Name of the interface.
@@ -294,6 +308,7 @@ pub struct NetworkInterface {
 
 /// `PATCH /network-interfaces/{iface_id}`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct NetworkInterfacePatch {
     /// Which interface.
@@ -308,6 +323,7 @@ pub struct NetworkInterfacePatch {
 
 /// The stream socket device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Vsock {
     /// The guest's context id, 3 or more.
@@ -322,6 +338,7 @@ pub struct Vsock {
 
 /// The entropy device.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Entropy {
     /// How many bytes the guest may take in a time.
@@ -331,6 +348,7 @@ pub struct Entropy {
 
 /// The memory balloon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Balloon {
     /// Guest memory that the balloon shall take, in MiB.
@@ -350,6 +368,7 @@ pub struct Balloon {
 
 /// `PATCH /balloon`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct BalloonPatch {
     /// Guest memory that the balloon shall take, in MiB.
@@ -358,6 +377,7 @@ pub struct BalloonPatch {
 
 /// `PATCH /balloon/statistics`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct BalloonStatsPatch {
     /// Time between statistics in s, 1 or more.
@@ -366,6 +386,7 @@ pub struct BalloonStatsPatch {
 
 /// `GET /balloon/statistics`: what the guest said last; bytes or counts, absent where it says nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 #[serde(default)]
 #[allow(missing_docs, reason = "virtio 1.2, 5.5.6.3, by the same names")]
 pub struct BalloonStats {
@@ -411,6 +432,7 @@ pub struct BalloonStats {
 
 /// One persistent memory device: a file in the guest's address space.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Pmem {
     /// Name of the device.
@@ -430,6 +452,7 @@ pub struct Pmem {
 
 /// `PATCH /pmem/{id}`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct PmemPatch {
     /// Which device.
@@ -441,6 +464,7 @@ pub struct PmemPatch {
 
 /// How an idle VM gives its memory back (ours).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Park {
     /// Path of a file that takes guest memory while the VM is parked, or `fd:NAME`. It holds everything that the guest

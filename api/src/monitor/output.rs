@@ -6,6 +6,7 @@ use super::TokenBucket;
 
 /// `PUT /logger`: what is absent stays.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Logger {
     /// A file or named pipe that takes the log, or `fd:NAME`. On a pipe that is full, lines are lost and counted.
@@ -27,6 +28,7 @@ pub struct Logger {
 
 /// Levels of the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 pub enum LogLevel {
     /// Nothing.
     Off,
@@ -74,6 +76,7 @@ impl<'de> Deserialize<'de> for LogLevel {
 
 /// `PUT /metrics`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Metrics {
     /// A file or named pipe that takes an object a line, or `fd:NAME`. On a pipe that is full, lines are lost and counted.
@@ -82,6 +85,7 @@ pub struct Metrics {
 
 /// `PUT /serial`.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "monitor-schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Serial {
     /// A file or named pipe that takes the console's output, or `fd:NAME`; absent: standard output.

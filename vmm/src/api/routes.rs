@@ -462,3 +462,72 @@ pub(super) fn state_error(side: &str) -> Response {
 pub(super) fn version() -> &'static str {
     env!("CARGO_PKG_VERSION")
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn request(method: &str, path: &str, body: &[u8]) -> Request {
+        Request {
+            method: method.into(),
+            path: path.into(),
+            body: body.to_vec(),
+            keep_alive: true,
+            fd_names: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn names_stand_where_the_pattern_has_them() {
+        assert_eq!(matched("/drives/{drive_id}", "/drives/a-b_c.d"), Some("a-b_c.d"));
+        assert_eq!(matched("/vsock", "/vsock/"), Some(""));
+        assert_eq!(matched("/", "/"), Some(""));
+        for path in ["/drives", "/drives/", "/drives/a/b", "/vsock"] {
+            assert_eq!(matched("/drives/{drive_id}", path), None, "{path}");
+        }
+    }
+
+    #[test]
+    fn a_name_has_no_odd_characters() {
+        let body = br#"{"drive_id": "a%2fb", "is_root_device": true, "path_on_host": "/x"}"#;
+        let refusal = command(&request("PUT", "/drives/a%2fb", body), false).unwrap_err();
+        assert!(refusal.body.contains("letters, digits"), "{}", refusal.body);
+    }
+
+    /// Bytes, or what looks like the body of a request.
+    fn body() -> impl Strategy<Value = Vec<u8>> {
+        let like = concat!(
+            r#"\{("(drive_id|path_on_host|size|level|state|action_type|vcpu_count)": ?"#,
+            r#"("[a-z]*"|[0-9]{1,22}|null|\{\}),?){0,4}\}"#
+        );
+        prop_oneof![
+            prop::collection::vec(any::<u8>(), 0..200),
+            like.prop_map(String::into_bytes),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn any_body_is_taken_or_refused_with_a_reason(
+            route in 0..ROUTES.len(),
+            body in body(),
+            booted: bool,
+        ) {
+            let route = &ROUTES[route];
+            if let Err(refusal) = command(&request(route.method, route.path, &body), booted) {
+                prop_assert_eq!(refusal.status, 400);
+                let fault: mandoline_api::monitor::Fault = serde_json::from_str(&refusal.body).unwrap();
+                prop_assert!(!fault.fault_message.is_empty());
+            }
+        }
+
+        #[test]
+        fn any_path_is_known_or_refused(method in "GET|PUT|PATCH|[A-Z]{1,6}", path in "/[ -~]{0,40}") {
+            if let Err(refusal) = command(&request(&method, &path, b""), false) {
+                prop_assert_eq!(refusal.status, 400);
+            }
+        }
+    }
+}

@@ -225,3 +225,31 @@ fn relimit(known: &mut Option<RateLimiter>, later: Option<RateLimiter>) {
 fn refused(error: impl std::fmt::Display) -> Response {
     Response::fault(400, error.to_string())
 }
+
+#[cfg(test)]
+mod tests {
+    use mandoline_api::monitor::TokenBucket;
+
+    use super::*;
+
+    #[test]
+    fn a_bucket_that_is_not_named_stays_and_one_of_size_0_goes() {
+        let bucket = |size| {
+            Some(TokenBucket {
+                size,
+                one_time_burst: None,
+                refill_time: 100,
+            })
+        };
+        let limit = |bandwidth, ops| Some(RateLimiter { bandwidth, ops });
+        let mut known = None;
+        relimit(&mut known, limit(bucket(5), None));
+        relimit(&mut known, limit(None, bucket(7)));
+        assert_eq!(known, limit(bucket(5), bucket(7)));
+        relimit(&mut known, None);
+        relimit(&mut known, limit(bucket(0), None));
+        assert_eq!(known, limit(None, bucket(7)));
+        relimit(&mut known, limit(None, bucket(0)));
+        assert_eq!(known, None);
+    }
+}

@@ -293,3 +293,99 @@ fn would_block(error: io::Error) -> bool {
         io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+
+    use super::*;
+
+    /// A server on a socket in `dir`, and a client's connection to it.
+    fn pair(dir: &tempfile::TempDir) -> (Server, UnixStream) {
+        let path = dir.path().join("api");
+        let server = Server::new(UnixListener::bind(&path).unwrap()).unwrap();
+        (server, UnixStream::connect(path).unwrap())
+    }
+
+    /// Answers with the path until `/later` comes.
+    fn serve(server: &mut Server, seen: &mut Vec<String>) -> Waiting {
+        let left = server.serve(None, &mut |request, _| {
+            seen.push(request.path.clone());
+            if request.path == "/later" {
+                return Reply::Later;
+            }
+            Reply::Now(Response::json(&request.path))
+        });
+        match left.unwrap() {
+            Left::Waiting(waiting) => waiting,
+            Left::Stopped => panic!("nothing to stop at"),
+        }
+    }
+
+    fn get(path: &str) -> String {
+        format!("GET {path} HTTP/1.1\r\n\r\n")
+    }
+
+    #[test]
+    fn requests_behind_one_that_waits_are_answered_after_it_and_in_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut server, mut client) = pair(&dir);
+        let text = [get("/a"), get("/later"), get("/b"), get("/later")].concat();
+        client.write_all(text.as_bytes()).unwrap();
+        let mut seen = Vec::new();
+        let first = serve(&mut server, &mut seen);
+        assert_eq!(seen, ["/a", "/later"]);
+        server.answer(&first, &Response::done());
+        let second = serve(&mut server, &mut seen);
+        assert_eq!(seen, ["/a", "/later", "/b", "/later"]);
+        server.answer(&second, &Response::done());
+        drop(server);
+        let mut answers = String::new();
+        client.read_to_string(&mut answers).unwrap();
+        let places = ["\"/a\"", "204", "\"/b\""].map(|word| answers.find(word).unwrap());
+        assert!(places.is_sorted(), "{answers}");
+    }
+
+    #[test]
+    fn a_client_that_does_not_read_makes_no_heap_of_answers() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut server, client) = pair(&dir);
+        let mut other = UnixStream::connect(dir.path().join("api")).unwrap();
+        client.set_nonblocking(true).unwrap();
+        let text = get(&format!("/{}", "x".repeat(4000)));
+        let (mut sent, mut most) = (0, 0);
+        for _ in 0..300 {
+            while let Ok(length @ 1..) = (&client).write(&text.as_bytes()[sent % text.len()..]) {
+                sent += length;
+            }
+            other.write_all(get("/later").as_bytes()).unwrap();
+            let waiting = serve(&mut server, &mut Vec::new());
+            server.answer(&waiting, &Response::done());
+            let unsent = server.connections.iter().map(|connection| connection.to_send.len());
+            most = most.max(unsent.max().unwrap());
+        }
+        // It was willing to send far more than it was answered.
+        assert!(sent > 2 * MAX_UNSENT, "{sent}");
+        assert!(most <= MAX_UNSENT + 8192, "{most}");
+    }
+
+    #[test]
+    fn what_was_not_named_is_closed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut server, client) = pair(&dir);
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        let fds = [writer.as_fd()];
+        assert!(ancillary.push(SendAncillaryMessage::ScmRights(&fds)));
+        let text = get("/later");
+        let text = [io::IoSlice::new(text.as_bytes())];
+        rustix::net::sendmsg(&client, &text, &mut ancillary, SendFlags::empty()).unwrap();
+        drop(writer);
+        serve(&mut server, &mut Vec::new());
+        // Nobody has the other end any more.
+        assert_eq!(rustix::io::read(&reader, &mut [0u8; 1]).unwrap(), 0);
+    }
+}
