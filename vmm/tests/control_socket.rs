@@ -268,7 +268,7 @@ fn start_with_devices(monitor: &mut Monitor) {
         monitor.file("vmlinux", &kernel()),
         monitor.file("disk", &[0; 4096]),
     );
-    let metrics = monitor.file("metrics", b"");
+    let (metrics, pmem) = (monitor.file("metrics", b""), monitor.file("pmem", &[0; 2 << 20]));
     let client = &mut monitor.client;
     client.ok("PUT", "/metrics", json!({"metrics_path": metrics}));
     client.ok("PUT", "/boot-source", json!({"kernel_image_path": kernel}));
@@ -276,6 +276,11 @@ fn start_with_devices(monitor: &mut Monitor) {
         "PUT",
         "/drives/data",
         json!({"drive_id": "data", "is_root_device": false, "path_on_host": disk}),
+    );
+    client.ok(
+        "PUT",
+        "/pmem/root",
+        json!({"id": "root", "path_on_host": pmem, "read_only": true}),
     );
     client.ok(
         "PUT",
@@ -306,6 +311,11 @@ fn devices_change_while_the_guest_runs() {
         "/drives/data",
         json!({"drive_id": "data", "rate_limiter": {"ops": bucket(0)}}),
     );
+    client.ok(
+        "PATCH",
+        "/pmem/root",
+        json!({"id": "root", "rate_limiter": {"ops": bucket(3)}}),
+    );
     client.ok("PATCH", "/balloon", json!({"amount_mib": 8}));
     client.ok(
         "PATCH",
@@ -323,6 +333,7 @@ fn devices_change_while_the_guest_runs() {
         config["drives"][0]["rate_limiter"],
         json!({"bandwidth": bucket(4096)})
     );
+    assert_eq!(config["pmem"][0]["rate_limiter"], json!({"ops": bucket(3)}));
     assert_eq!(config["balloon"]["stats_polling_interval_s"], 5);
     for (path, body, words) in [
         ("/drives/none", json!({"drive_id": "none"}), "no such drive"),
@@ -455,6 +466,26 @@ fn descriptors_come_with_requests() {
         return;
     }
     client.ok("PUT", "/actions", json!({"action_type": "InstanceStart"}));
+    assert_eq!(monitor.finish(), (Some(0), "Hi".to_owned()));
+}
+
+/// Another HTTP client than ours: Python's, with a connection that stays open.
+#[test]
+fn pythons_http_client_configures_and_starts() {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/control_socket.py");
+    if !kvm() || Command::new("python3").arg("--version").output().is_err() {
+        eprintln!("skipped: there is no Python here, or no KVM");
+        return;
+    }
+    let monitor = Monitor::start(&["--boot-timer"]);
+    let kernel = monitor.file("vmlinux", &short_kernel());
+    let status = Command::new("python3")
+        .arg(script)
+        .arg(monitor.dir.path().join("api.sock"))
+        .arg(&kernel)
+        .status()
+        .unwrap();
+    assert!(status.success());
     assert_eq!(monitor.finish(), (Some(0), "Hi".to_owned()));
 }
 

@@ -124,7 +124,7 @@ fn the_file_is_that_of_the_routes_and_types() {
     let there: Value = serde_json::from_str(&text).unwrap_or_default();
     assert!(
         there == wanted,
-        "openapi.json is not what the code does: see this file's head"
+        "openapi.json is not what the code does: MANDOLINE_OPENAPI=write cargo test -p mandoline-vmm --test openapi"
     );
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 
 use mandoline_api::monitor::{
-    DrivePatch, InstanceInfo, NetworkInterfacePatch, RateLimiter, Version, VmConfig, VmPatchState,
+    DrivePatch, InstanceInfo, NetworkInterfacePatch, PmemPatch, RateLimiter, Version, VmConfig, VmPatchState,
 };
 use serde_json::Value;
 use vmm_sys_util::eventfd::EventFd;
@@ -16,6 +16,7 @@ use crate::api::server::Reply;
 use crate::devices::balloon::Balloon;
 use crate::devices::blk::Blk;
 use crate::devices::net::Net;
+use crate::devices::pmem::Pmem;
 use crate::devices::virtio::Device;
 use crate::fds::{Inherited, Paths};
 use crate::log;
@@ -76,6 +77,7 @@ impl Running {
             Command::PatchVm(state) => self.patch_vm(state),
             Command::PatchDrive(patch) => self.patch_drive(patch, fds),
             Command::PatchInterface(patch) => self.patch_interface(patch),
+            Command::PatchPmem(patch) => self.patch_pmem(patch),
             Command::PatchBalloon(patch) => {
                 self.at("balloon", move |balloon: &mut Balloon| {
                     balloon.set_target(patch.amount_mib).map_err(text)?;
@@ -185,6 +187,20 @@ impl Running {
         if let Some(interface) = interfaces.find(|interface| interface.iface_id == patch.iface_id) {
             relimit(&mut interface.rx_rate_limiter, rx);
             relimit(&mut interface.tx_rate_limiter, tx);
+        }
+        Ok(Response::done())
+    }
+
+    fn patch_pmem(&mut self, patch: PmemPatch) -> Result<Response, Response> {
+        let limits = patch.rate_limiter;
+        self.at(&format!("pmem {}", patch.id), move |pmem: &mut Pmem| {
+            if let Some(limits) = &limits {
+                pmem.set_rate_limiter(limits);
+            }
+            Ok(Value::Null)
+        })?;
+        if let Some(pmem) = self.config.pmem.iter_mut().find(|pmem| pmem.id == patch.id) {
+            relimit(&mut pmem.rate_limiter, limits);
         }
         Ok(Response::done())
     }
