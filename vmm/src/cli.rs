@@ -35,6 +35,8 @@ pub enum Command {
     Vm(Box<VmArgs>),
     /// Boot a sliver by hand, with its console on this terminal.
     Run(Box<crate::run::RunArgs>),
+    /// Print which system calls each thread of a running monitor may make, and why.
+    Filters,
 }
 
 /// On or off.
@@ -113,7 +115,7 @@ pub struct VmArgs {
     /// What happens when the guest reboots.
     #[arg(long, value_enum, default_value = "exit")]
     pub on_reboot: OnReboot,
-    /// System call filters. `off` is for debugging only.
+    /// System call filters, and Landlock beside them. `off` is for debugging only.
     #[arg(long, value_enum, default_value = "on")]
     pub seccomp: Switch,
     /// The same as `--seccomp off`.

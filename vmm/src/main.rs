@@ -10,6 +10,10 @@ fn main() -> ExitCode {
     let exit = match &cli.command {
         None => mandoline_vmm::vm::run(&cli.vm),
         Some(Command::Vm(args)) => mandoline_vmm::vm::run(args),
+        Some(Command::Filters) => {
+            print!("{}", mandoline_vmm::jail::seccomp::describe());
+            return ExitCode::SUCCESS;
+        }
         Some(Command::Run(args)) => {
             return match mandoline_vmm::run::run(args) {
                 Ok(code) => ExitCode::from(code),

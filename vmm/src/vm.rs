@@ -307,15 +307,20 @@ fn boot(
         .jail_uid
         .zip(args.jail_gid)
         .map(|(uid, gid)| Identity { uid, gid });
-    jail::enter(identity)?;
+    let filters = args.filters();
+    // In an empty root nothing can be needed by path.
+    let needs = jail::landlock::Needs {
+        files: identity.is_none() && api.is_some(),
+        sockets: identity.is_none() && devices == Role::DevicesByPath,
+    };
+    jail::enter(identity, filters.then_some(needs))?;
     if args.die_with_parent {
         jail::die_with_parent()?;
     }
-    let filters = args.filters();
     if filters {
         seccomp::install_handler(told.log_fd).map_err(host("handler of forbidden calls"))?;
     } else {
-        tracing::warn!("no seccomp: this monitor may make any system call; for debugging only");
+        tracing::warn!("no seccomp, no Landlock: this monitor may make any system call; for debugging only");
     }
     phases.mark(Phase::Jailed);
 

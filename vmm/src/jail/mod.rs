@@ -6,6 +6,7 @@
 //! groups dropped, gid and uid set                            needs CAP_SETGID, CAP_SETUID
 //! all capabilities dropped, also from the bounding set
 //! no new privileges, no core dumps, no debugger
+//! no files, no TCP, no signals to others                     (landlock), as far as the kernel has it
 //! one system call filter for each thread role                (seccomp)
 //! ```
 //!
@@ -13,6 +14,7 @@
 //! when the monitor started, so that the operator could unmount none while a sliver runs. A root directory
 //! that is deleted has no entries and can get none, and without `CAP_SYS_CHROOT` there is no way out of it.
 
+pub mod landlock;
 pub mod seccomp;
 
 use std::ffi::CString;
@@ -20,10 +22,18 @@ use std::io;
 
 /// A step into the jail failed. The monitor does not run half-jailed.
 #[derive(Debug, thiserror::Error)]
-#[error("jail: {step}: {source}")]
-pub struct Error {
-    step: &'static str,
-    source: io::Error,
+pub enum Error {
+    /// A call of ours.
+    #[error("jail: {step}: {source}")]
+    Step {
+        /// What was to be given up.
+        step: &'static str,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// Landlock, where the kernel has it.
+    #[error("jail: Landlock: {0}")]
+    Landlock(#[from] ::landlock::RulesetError),
 }
 
 /// Who the monitor becomes.
@@ -39,7 +49,7 @@ fn check(step: &'static str, result: libc::c_int) -> Result<(), Error> {
     if result == 0 {
         Ok(())
     } else {
-        Err(Error {
+        Err(Error::Step {
             step,
             source: io::Error::last_os_error(),
         })
@@ -48,8 +58,9 @@ fn check(step: &'static str, result: libc::c_int) -> Result<(), Error> {
 
 /// Gives up the file system and every privilege. Must run before any other thread is started.
 ///
-/// Without `identity` only what an ordinary user can give up is given up: no new privileges, no core dumps.
-pub fn enter(identity: Option<Identity>) -> Result<(), Error> {
+/// Without `identity` only what an ordinary user can give up is given up: no new privileges, no core dumps, and by
+/// Landlock (without `needs`: not at all) all files and sockets but those that are needed.
+pub fn enter(identity: Option<Identity>, needs: Option<landlock::Needs>) -> Result<(), Error> {
     if let Some(Identity { uid, gid }) = identity {
         empty_root()?;
         drop_bounding_set()?;
@@ -71,7 +82,12 @@ pub fn enter(identity: Option<Identity>) -> Result<(), Error> {
         rlim_max: 0,
     };
     // SAFETY: setrlimit reads one rlimit.
-    check("core limit", unsafe { libc::setrlimit(libc::RLIMIT_CORE, &none) })
+    check("core limit", unsafe { libc::setrlimit(libc::RLIMIT_CORE, &none) })?;
+    if let Some(needs) = needs {
+        let status = landlock::restrict(needs)?;
+        tracing::info!("{}", landlock::describe(needs, &status));
+    }
+    Ok(())
 }
 
 /// Ends this process when its parent does. After [`enter`], since a change of user id takes it back.
@@ -83,7 +99,7 @@ pub fn die_with_parent() -> Result<(), Error> {
     // It may have ended before that.
     if rustix::process::getppid() == Some(rustix::process::Pid::INIT) {
         let source = io::Error::new(io::ErrorKind::NotFound, "the parent process has ended");
-        return Err(Error {
+        return Err(Error::Step {
             step: "death signal",
             source,
         });
@@ -93,7 +109,7 @@ pub fn die_with_parent() -> Result<(), Error> {
 
 /// Makes an empty directory the root and deletes it.
 fn empty_root() -> Result<(), Error> {
-    let failed = |step| move |source| Error { step, source };
+    let failed = |step| move |source| Error::Step { step, source };
     let template = if std::path::Path::new("/run").is_dir() {
         "/run"
     } else {
@@ -126,7 +142,7 @@ fn drop_bounding_set() -> Result<(), Error> {
             if source.raw_os_error() == Some(libc::EINVAL) {
                 break;
             }
-            return Err(Error {
+            return Err(Error::Step {
                 step: "capability bounding set",
                 source,
             });

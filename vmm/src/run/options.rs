@@ -113,7 +113,7 @@ pub struct RunArgs {
     /// User that the monitor becomes, when run as root [default: one of its own, from its process id].
     #[arg(long, value_name = "UID")]
     pub jail_uid: Option<u32>,
-    /// System call filters. `off` is for debugging only.
+    /// System call filters, and Landlock beside them. `off` is for debugging only.
     #[arg(long, value_enum, default_value = "on")]
     pub seccomp: Switch,
 }

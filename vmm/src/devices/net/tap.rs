@@ -15,7 +15,7 @@ pub const HEADER_BYTES: usize = 12;
 
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 /// Sets what the tap may hand over unfinished; the filter of the vCPU threads lets it through.
-pub const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
+const TUNSETOFFLOAD: libc::c_ulong = crate::jail::seccomp::ioctl::TUNSETOFFLOAD.number;
 const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
 const TUNGETIFF: libc::c_ulong = 0x8004_54d2;
 const TUN_F_CSUM: libc::c_ulong = 1;

@@ -16,24 +16,6 @@ use vmm_sys_util::ioctl::ioctl_with_ref;
 use crate::devices::net::vhost::Error;
 use crate::memory::Memory;
 
-/// What a driver's start and reset need, in a vCPU's thread, whose filter lets them through (linux/vhost.h).
-pub const ACTIVATE_IOCTLS: [u64; 8] = [
-    0x4008_af00, // VHOST_SET_FEATURES
-    0x4008_af10, // VHOST_SET_VRING_NUM
-    0x4028_af11, // VHOST_SET_VRING_ADDR
-    0x4008_af12, // VHOST_SET_VRING_BASE
-    0x4008_af20, // VHOST_SET_VRING_KICK
-    0x4008_af21, // VHOST_SET_VRING_CALL
-    0x4008_af22, // VHOST_SET_VRING_ERR
-    NET_SET_BACKEND,
-];
-/// What a pause, its end, and the end of a faulty device need, in the event loop's thread.
-pub const PAUSE_IOCTLS: [u64; 2] = [
-    0xc008_af12, // VHOST_GET_VRING_BASE
-    NET_SET_BACKEND,
-];
-const NET_SET_BACKEND: u64 = 0x4008_af30;
-
 /// A vhost-net descriptor that this process owns and that knows guest memory.
 pub struct Kernel {
     file: File,
@@ -111,21 +93,22 @@ impl vhost::net::VhostNet for Kernel {
 mod tests {
     use vhost::vhost_kern::vhost_binding::*;
 
-    use super::*;
+    use crate::jail::seccomp::ioctl;
 
     #[test]
     fn the_filters_know_the_requests() {
-        let activate = [
-            VHOST_SET_FEATURES(),
-            VHOST_SET_VRING_NUM(),
-            VHOST_SET_VRING_ADDR(),
-            VHOST_SET_VRING_BASE(),
-            VHOST_SET_VRING_KICK(),
-            VHOST_SET_VRING_CALL(),
-            VHOST_SET_VRING_ERR(),
-            VHOST_NET_SET_BACKEND(),
-        ];
-        assert_eq!(activate, ACTIVATE_IOCTLS);
-        assert_eq!([VHOST_GET_VRING_BASE(), VHOST_NET_SET_BACKEND()], PAUSE_IOCTLS);
+        for (value, number) in [
+            (ioctl::VHOST_SET_FEATURES, VHOST_SET_FEATURES()),
+            (ioctl::VHOST_SET_VRING_NUM, VHOST_SET_VRING_NUM()),
+            (ioctl::VHOST_SET_VRING_ADDR, VHOST_SET_VRING_ADDR()),
+            (ioctl::VHOST_SET_VRING_BASE, VHOST_SET_VRING_BASE()),
+            (ioctl::VHOST_GET_VRING_BASE, VHOST_GET_VRING_BASE()),
+            (ioctl::VHOST_SET_VRING_KICK, VHOST_SET_VRING_KICK()),
+            (ioctl::VHOST_SET_VRING_CALL, VHOST_SET_VRING_CALL()),
+            (ioctl::VHOST_SET_VRING_ERR, VHOST_SET_VRING_ERR()),
+            (ioctl::VHOST_NET_SET_BACKEND, VHOST_NET_SET_BACKEND()),
+        ] {
+            assert_eq!(value.number, number, "{}", value.name);
+        }
     }
 }
