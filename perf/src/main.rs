@@ -1,7 +1,9 @@
 //! Mandoline's benchmarks: how fast, how dense, how isolated, measured beside a peer in the same run.
 
 mod boot;
+mod monitor;
 mod plot;
+mod proc;
 mod report;
 
 use std::path::PathBuf;
@@ -23,6 +25,8 @@ struct Cli {
 enum Benchmark {
     /// Start → first user instruction → reachable, by phase: our monitor beside QEMU's microvm machine.
     Boot(boot::BootArgs),
+    /// What a monitor costs: CPU to the first guest instruction, private memory, an idle and a parked sliver.
+    Monitor(monitor::MonitorArgs),
     /// The part of a benchmark that runs inside the lab node.
     #[command(subcommand, hide = true)]
     InNode(InNode),
@@ -31,12 +35,15 @@ enum Benchmark {
 #[derive(Debug, Subcommand)]
 enum InNode {
     Boot(boot::node::NodeArgs),
+    Monitor(monitor::node::NodeArgs),
 }
 
 fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
     match cli.benchmark {
         Benchmark::Boot(args) => boot::run(&args, &cli.out),
+        Benchmark::Monitor(args) => monitor::run(&args, &cli.out),
+        Benchmark::InNode(InNode::Monitor(args)) => monitor::node::run(&args),
         Benchmark::InNode(InNode::Boot(args)) => boot::node::run(&args),
     }
 }

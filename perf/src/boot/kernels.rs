@@ -45,7 +45,7 @@ pub(super) fn make_initrd(root_image: &Path, out: &Path) -> Result<()> {
 }
 
 /// A PVH kernel (Xen's `x86/HVM direct boot ABI`) that writes [`SERIAL_MARK`] to COM1 and halts.
-pub(super) fn make_entry_kernel(out: &Path) -> Result<()> {
+pub(crate) fn make_entry_kernel(out: &Path) -> Result<()> {
     const LOAD_AT: u32 = 0x10_0000;
     const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
     // mov dx, 0x3f8; mov al, SERIAL_MARK; out dx, al; hlt; jmp to the hlt

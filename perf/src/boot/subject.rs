@@ -33,6 +33,8 @@ pub(crate) struct Machine {
     pub mem_mib: u32,
     pub tap: String,
     pub mac: String,
+    /// Ours can be parked, and has a control socket for that.
+    pub park: bool,
     /// Where this run's sockets and logs go.
     pub dir: PathBuf,
 }
@@ -102,7 +104,7 @@ impl Subject {
 }
 
 fn mandoline(m: &Machine, vmm: &Path, cid: u32, broker: Option<&OwnedFd>) -> Result<Command> {
-    let config = serde_json::json!({
+    let mut config = serde_json::json!({
         "boot-source": {"kernel_image_path": m.kernel, "boot_args": CMDLINE},
         "machine-config": {"vcpu_count": 1, "mem_size_mib": m.mem_mib},
         "drives": [
@@ -112,15 +114,21 @@ fn mandoline(m: &Machine, vmm: &Path, cid: u32, broker: Option<&OwnedFd>) -> Res
         "network-interfaces": [{"iface_id": "eth0", "host_dev_name": m.tap, "guest_mac": m.mac}],
         "vsock": {"guest_cid": cid, "uds_path": m.dir.join("v.sock")},
     });
+    if m.park {
+        config["park"] = serde_json::json!({"mem_file_path": m.dir.join("park")});
+    }
     let path = m.dir.join("config.json");
     std::fs::write(&path, serde_json::to_vec_pretty(&config)?).context("writing the configuration")?;
+    let started = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    let started = started.tv_sec as u64 * 1_000_000_000 + started.tv_nsec as u64;
     let mut command = Command::new(vmm);
     command
+        .arg("--state-file")
+        .arg(m.dir.join("state"))
+        .arg(format!("--start-time-ns={started}"))
         .args([
-            "vm",
             "--id",
             "perf",
-            "--no-api",
             "--boot-timer",
             "--jail-uid",
             "60000",
@@ -130,6 +138,11 @@ fn mandoline(m: &Machine, vmm: &Path, cid: u32, broker: Option<&OwnedFd>) -> Res
         .arg("--config-file")
         .arg(&path)
         .args(["--serial", "fd:serial", "--fd", "serial=1"]);
+    if m.park {
+        command.arg("--api-sock").arg(m.dir.join("api.sock"));
+    } else {
+        command.arg("--no-api");
+    }
     if let Some(broker) = broker {
         // Kept over exec: the jailed monitor can open no path, so it asks here for the guest's outward streams.
         rustix::io::fcntl_setfd(broker, rustix::io::FdFlags::empty())?;
@@ -267,6 +280,11 @@ pub(crate) struct Running {
 }
 
 impl Running {
+    /// Its process.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Waits for the agent's mark on the serial port: the first user instruction.
     pub(crate) fn wait_mark(&mut self) -> Result<Instant> {
         self.mark.wait()
