@@ -124,8 +124,11 @@ pub(crate) fn run(args: &NodeArgs) -> Result<()> {
             let cid = 100 + round * 4 + 2 * i as u32;
             let (sample, phases) = start(subject, &machine, &args.vmm, cid, round)
                 .with_context(|| format!("{} run {round}", subject.name()))?;
+            // A directory of its own: the sockets of the start above are still in that one.
+            let bare_dir = tempfile::tempdir().context("making a directory")?;
             let bare = Machine {
                 kernel: entry.path().into(),
+                dir: bare_dir.path().into(),
                 ..machine
             };
             let start_to_entry = start_to_entry(subject, &bare, &args.vmm, cid + 1)

@@ -21,7 +21,7 @@ use node::{Line, Sample};
 #[derive(Debug, clap::Args)]
 pub(crate) struct MonitorArgs {
     /// Starts of the payload for each size of memory.
-    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub payload_runs: u32,
     /// Slivers of each subject that are looked at in the lab.
     #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..=100))]

@@ -51,9 +51,11 @@ pub(super) fn rows(runs: u32) -> Result<Vec<Row>> {
     for (size, samples) in SIZES.into_iter().zip(&samples) {
         let total: Vec<f64> = samples.iter().map(|sample| sample.total).collect();
         rows.extend(Row::of(SUBJECT, &cpu(size), "ms", &total));
-        let shares: f64 = samples.iter().map(|sample| sample.user_share).sum();
+        let (user_ticks, system_ticks) = samples.iter().fold((0, 0), |(user, system), sample| {
+            (user + sample.ticks.0, system + sample.ticks.1)
+        });
         let mean = total.iter().sum::<f64>() / total.len() as f64;
-        let user_ms = mean * shares / samples.len() as f64;
+        let user_ms = mean * user_ticks as f64 / (user_ticks + system_ticks).max(1) as f64;
         rows.extend(Row::of(SUBJECT, &user(size), "ms", &[user_ms]));
     }
     Ok(rows)
@@ -95,8 +97,8 @@ pub(super) fn targets(rows: &[Row]) -> Vec<Target> {
 struct Sample {
     /// ms.
     total: f64,
-    /// 0 to 1.
-    user_share: f64,
+    /// User and kernel, in ticks: mostly none or one, but right in the sum over many starts.
+    ticks: (u64, u64),
 }
 
 fn start(vmm: &Path, kernel: &Path, mib: u32, dir: &Path) -> Result<Sample> {
@@ -123,21 +125,16 @@ fn start(vmm: &Path, kernel: &Path, mib: u32, dir: &Path) -> Result<Sample> {
     let mut byte = [0];
     let seen = serial.read_exact(&mut byte);
     let used = crate::proc::cpu_ns(child.id());
-    let times = crate::proc::user_and_system_ticks(child.id());
+    let ticks = crate::proc::user_and_system_ticks(child.id());
     child.kill()?;
     child.wait()?;
     seen.context("it ended without a word")?;
     if byte != [SERIAL_MARK] {
         bail!("its guest said {byte:?}");
     }
-    let (user, system) = times?;
-    let user_share = match user + system {
-        0 => 1.0,
-        all => user as f64 / all as f64,
-    };
     Ok(Sample {
         total: used? as f64 / 1e6,
-        user_share,
+        ticks: ticks?,
     })
 }
 
