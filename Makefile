@@ -31,7 +31,8 @@ setup: ## Install what is missing, or say what to install
 	@scripts/setup
 
 build: ## The programs, optimised
-	@$(STEP) "programs" cargo build --release --workspace
+	@$(STEP) "programs" cargo build --release --workspace --exclude mandoline-vmm
+	@$(STEP) "monitor" scripts/build-monitor
 
 images: ## Sliver kernel, sliver root image, node image (cached)
 	@$(STEP) "sliver kernel (the first build takes about five minutes)" $(KERNEL) up >/dev/null
