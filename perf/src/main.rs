@@ -1,6 +1,7 @@
 //! Mandoline's benchmarks: how fast, how dense, how isolated, measured beside a peer in the same run.
 
 mod boot;
+mod io;
 mod monitor;
 mod plot;
 mod proc;
@@ -25,16 +26,22 @@ struct Cli {
 enum Benchmark {
     /// Start → first user instruction → reachable, by phase: our monitor beside QEMU's microvm machine.
     Boot(boot::BootArgs),
+    /// Devices at work: random reads, TCP and small packets, with and without vhost, beside QEMU's microvm machine.
+    Io(io::IoArgs),
     /// What a monitor costs: CPU to the first guest instruction, private memory, an idle and a parked sliver.
     Monitor(monitor::MonitorArgs),
     /// The part of a benchmark that runs inside the lab node.
     #[command(subcommand, hide = true)]
     InNode(InNode),
+    /// The part of a benchmark that runs inside a guest.
+    #[command(subcommand, hide = true)]
+    InGuest(io::guest::GuestWork),
 }
 
 #[derive(Debug, Subcommand)]
 enum InNode {
     Boot(boot::node::NodeArgs),
+    Io(io::node::NodeArgs),
     Monitor(monitor::node::NodeArgs),
 }
 
@@ -42,6 +49,9 @@ fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
     match cli.benchmark {
         Benchmark::Boot(args) => boot::run(&args, &cli.out),
+        Benchmark::Io(args) => io::run(&args, &cli.out),
+        Benchmark::InNode(InNode::Io(args)) => io::node::run(&args),
+        Benchmark::InGuest(work) => io::guest::run(&work),
         Benchmark::Monitor(args) => monitor::run(&args, &cli.out),
         Benchmark::InNode(InNode::Monitor(args)) => monitor::node::run(&args),
         Benchmark::InNode(InNode::Boot(args)) => boot::node::run(&args),

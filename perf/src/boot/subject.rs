@@ -30,8 +30,12 @@ pub(crate) struct Machine {
     pub kernel: PathBuf,
     pub root: PathBuf,
     pub disk: PathBuf,
+    /// A third disk, read-only.
+    pub work: Option<PathBuf>,
     pub mem_mib: u32,
     pub tap: String,
+    /// The host's kernel moves the frames.
+    pub vhost: bool,
     pub mac: String,
     /// Ours can be parked, and has a control socket for that.
     pub park: bool,
@@ -114,6 +118,14 @@ fn mandoline(m: &Machine, vmm: &Path, cid: u32, broker: Option<&OwnedFd>) -> Res
         "network-interfaces": [{"iface_id": "eth0", "host_dev_name": m.tap, "guest_mac": m.mac}],
         "vsock": {"guest_cid": cid, "uds_path": m.dir.join("v.sock")},
     });
+    if let (Some(work), Some(drives)) = (&m.work, config["drives"].as_array_mut()) {
+        drives.push(serde_json::json!(
+            {"drive_id": "work", "path_on_host": work, "is_root_device": false, "is_read_only": true}
+        ));
+    }
+    if m.vhost {
+        config["network-interfaces"][0]["vhost"] = "/dev/vhost-net".into();
+    }
     if m.park {
         config["park"] = serde_json::json!({"mem_file_path": m.dir.join("park")});
     }
@@ -193,9 +205,15 @@ fn qemu(m: &Machine, cid: u32) -> Command {
         format!("id=disk,file={},format=raw,if=none", m.disk.display()),
     );
     arg("-device", "virtio-blk-device,drive=disk".into());
+    if let Some(work) = &m.work {
+        let drive = format!("id=work,file={},format=raw,if=none,readonly=on", work.display());
+        arg("-drive", drive);
+        arg("-device", "virtio-blk-device,drive=work".into());
+    }
+    let vhost = if m.vhost { ",vhost=on" } else { "" };
     arg(
         "-netdev",
-        format!("tap,id=net,ifname={},script=no,downscript=no", m.tap),
+        format!("tap,id=net,ifname={},script=no,downscript=no{vhost}", m.tap),
     );
     arg("-device", format!("virtio-net-device,netdev=net,mac={}", m.mac));
     arg("-device", format!("vhost-vsock-device,guest-cid={cid}"));
