@@ -46,15 +46,7 @@ impl Images {
 impl SliverImages {
     /// The disk made of `MANDOLINE_KERNEL_DIR` and `MANDOLINE_ROOT_DIR`, or of what the builders give; cached.
     pub fn find() -> Result<SliverImages> {
-        let kernel = match from_environment("MANDOLINE_KERNEL_DIR")? {
-            Some(dir) => dir,
-            None => builder(
-                "the sliver kernel",
-                "MANDOLINE_KERNEL_DIR",
-                "guest-image/kernel/build",
-                &["up"],
-            )?,
-        };
+        let kernel = kernel("up")?;
         let root = match from_environment("MANDOLINE_ROOT_DIR")? {
             Some(dir) => dir,
             None => builder(
@@ -74,6 +66,20 @@ impl SliverImages {
         Ok(SliverImages {
             disk: dir.join("images.erofs"),
         })
+    }
+}
+
+/// The directory of the sliver kernel of a flavour: `MANDOLINE_KERNEL_DIR` for `up`, else what the builder gives.
+pub fn kernel(flavour: &str) -> Result<PathBuf> {
+    let variable = "MANDOLINE_KERNEL_DIR";
+    match from_environment(variable)?.filter(|_| flavour == "up") {
+        Some(dir) => Ok(dir),
+        None => builder(
+            "the sliver kernel",
+            variable,
+            "guest-image/kernel/build",
+            &[flavour],
+        ),
     }
 }
 
