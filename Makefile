@@ -9,6 +9,7 @@ BENCH ?= boot
 KERNEL := guest-image/kernel/build
 ROOT := guest-image/root/build
 NODE := guest-image/node/build
+CLOUD := guest-image/cloud-kernel/build
 
 .PHONY: help demo test bench soak setup build images check deny unit image-tests lab-tests doctor clean
 
@@ -34,10 +35,11 @@ build: ## The programs, optimised
 	@$(STEP) "programs" cargo build --release --workspace --exclude mandoline-vmm
 	@$(STEP) "monitor" scripts/build-monitor
 
-images: ## Sliver kernel, sliver root image, node image (cached)
+images: ## Sliver kernels, sliver root image, node image (cached)
 	@$(STEP) "sliver kernel (the first build takes about five minutes)" $(KERNEL) up >/dev/null
 	@$(STEP) "sliver root image" $(ROOT) >/dev/null
 	@$(STEP) "node image" $(NODE) >/dev/null
+	@$(STEP) "Debian's kernel for slivers" $(CLOUD) >/dev/null
 
 check: ## Formatting and lints
 	@$(STEP) "rustfmt" cargo fmt --all --check
@@ -52,6 +54,7 @@ unit: ## Unit, property and payload tests
 image-tests: ## Do the images keep their promises?
 	@$(STEP) "kernel tests" guest-image/kernel/test
 	@$(STEP) "root image tests" guest-image/root/test
+	@$(STEP) "cloud kernel tests" guest-image/cloud-kernel/test
 
 lab-tests: ## Real slivers in a lab node
 	@$(STEP) "lab tests" scripts/with-images cargo test --release -p mandoline-lab -- --ignored --test-threads=1

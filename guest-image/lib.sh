@@ -251,3 +251,19 @@ debian_sources() {
         die "apt has no index of Debian $codename. As root: apt-get update, with Debian $codename (main) among the sources"
     printf '%s\n' "$sources"
 }
+
+# static_program PACKAGE BINARY: the path of one of our programs, built static and small, as sliver images want it.
+static_program() {
+    local repo cargo_home target=x86_64-unknown-linux-gnu built
+    repo=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+    command -v cargo >/dev/null || die "cargo was not found: install Rust (rustup.rs)"
+    cargo_home=${CARGO_HOME:-$HOME/.cargo}
+    # --target keeps these flags away from build scripts and procedural macros; the prefixes keep this
+    # machine's paths out of the binary, so that any checkout makes the same bytes.
+    (cd "$repo" && RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static --remap-path-prefix=$repo=/mandoline --remap-path-prefix=$cargo_home=/cargo" \
+        nice -n 5 cargo build --quiet --locked --profile agent --target "$target" -p "$1" >&2) ||
+        die "$1 did not compile"
+    built=${CARGO_TARGET_DIR:-$repo/target}/$target/agent/$2
+    [[ $built == /* ]] || built=$repo/$built
+    printf '%s\n' "$built"
+}
