@@ -14,6 +14,8 @@ pub mod config;
 pub mod devices;
 pub mod exit;
 pub mod fds;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod jail;
 pub mod log;
 pub mod machine;

@@ -91,8 +91,13 @@ impl Receive {
                 }
                 budget -= 1;
                 match tap.read(&mut self.frame) {
+                    Ok(0) => break,
                     Ok(length) if length > HEADER_BYTES => self.waiting = length,
-                    Ok(_) => break,
+                    // No frame at all; what stands behind it may be one.
+                    Ok(_) => {
+                        self.dropped += 1;
+                        continue;
+                    }
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                     // EAGAIN: nothing more. EIO or EBADFD: the interface is down or gone; it may come back.
                     Err(_) => break,

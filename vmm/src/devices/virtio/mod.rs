@@ -18,7 +18,7 @@ pub mod mmio;
 pub mod persist;
 pub mod queue;
 pub mod rate_limiter;
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod testing;
 
 use std::any::Any;

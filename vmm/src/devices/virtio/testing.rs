@@ -1,5 +1,7 @@
 //! A driver for tests: one queue in guest memory, and the device's view of it.
 
+#![allow(dead_code, clippy::unwrap_used)] // tests and fuzzing each use a part
+
 use std::sync::Arc;
 
 use virtio_queue::{Queue, QueueT};
@@ -46,6 +48,11 @@ impl Ring {
 
     fn used_ring(&self) -> u64 {
         self.base + 0x6000
+    }
+
+    /// Where its descriptors, its available ring and its used ring lie.
+    pub(crate) fn places(&self) -> [u64; 3] {
+        [self.base, self.available(), self.used_ring()]
     }
 
     pub(crate) fn queue(&self, index: usize, interrupt: &Arc<Interrupt>, kick: &Arc<EventFd>) -> WorkQueue {
