@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use mandoline_api::monitor::{
-    Balloon, CacheType, Drive as DriveConfig, Hardware, MAX_MEM_MIB, MAX_VCPUS, MIN_MEM_MIB,
+    Balloon, CacheType, Drive as DriveConfig, Hardware, HugePages, MAX_MEM_MIB, MAX_VCPUS, MIN_MEM_MIB,
     NetworkInterface, Pmem as PmemConfig, RateLimiter, VSOCK_OUT_FD, VmConfig,
 };
 
@@ -100,6 +100,8 @@ pub struct Spec {
     pub memory: u64,
     /// How the guest is told of its hardware.
     pub hardware: Hardware,
+    /// What backs guest memory.
+    pub huge_pages: HugePages,
     /// The kernel.
     pub kernel: File,
     /// The initial RAM disk.
@@ -284,6 +286,7 @@ pub fn open(config: &VmConfig, inherited: &mut Inherited) -> Result<Spec, Error>
         vcpus: machine.vcpu_count,
         memory: machine.mem_size_mib << 20,
         hardware: machine.hardware,
+        huge_pages: machine.huge_pages,
         kernel,
         initrd,
         command_line,

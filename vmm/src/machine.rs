@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use kvm_bindings::{KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
-use mandoline_api::monitor::{Hardware, Phase, RateLimiter};
+use mandoline_api::monitor::{Hardware, HugePages, Phase, RateLimiter};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -162,6 +162,9 @@ pub fn build(kvm_fd: &Kvm, spec: Spec, phases: &Arc<Phases>, boot_timer: bool) -
     let vm = kvm_fd.create_vm().map_err(kvm("KVM_CREATE_VM"))?;
     vm.set_tss_address(KVM_TSS).map_err(kvm("KVM_SET_TSS_ADDR"))?;
     let memory = memory::create(spec.memory)?;
+    if spec.huge_pages == HugePages::Transparent {
+        memory::prefer_huge_pages(&memory);
+    }
     memory::register(&vm, &memory)?;
     phases.mark(Phase::MemoryReady);
 
@@ -195,7 +198,7 @@ pub fn build(kvm_fd: &Kvm, spec: Spec, phases: &Arc<Phases>, boot_timer: bool) -
         vcpus: spec.vcpus,
         acpi,
     };
-    let Loaded { entry, kernel } = boot.load(&memory)?;
+    let Loaded { entry, kernel, image } = boot.load(&memory)?;
     phases.mark(Phase::KernelLoaded);
 
     vm.create_irq_chip().map_err(kvm("KVM_CREATE_IRQCHIP"))?;
@@ -224,6 +227,9 @@ pub fn build(kvm_fd: &Kvm, spec: Spec, phases: &Arc<Phases>, boot_timer: bool) -
     let bus = Arc::new(Bus::new(uart.clone(), control.clone(), transports, read_only));
 
     let vcpus = create_vcpus(kvm_fd, &vm, spec.vcpus, entry, spec.hardware)?;
+    if let Some(vcpu) = vcpus.first() {
+        memory::map_ahead(vcpu, image);
+    }
     let power_on = PowerOn {
         irqchips: irqchips(&vm)?,
         vcpus: vcpus

@@ -56,6 +56,40 @@ pub fn create(bytes: u64) -> Result<Memory, Error> {
     Memory::from_ranges(&ranges(bytes)).map_err(|source| Error::Map { bytes, source })
 }
 
+/// Lets the host back the memory by huge pages where it finds some.
+pub fn prefer_huge_pages(memory: &Memory) {
+    for region in memory.iter() {
+        // SAFETY: advice about a live mapping of this process; its bytes stay. A host without huge pages refuses, and
+        // small ones are as good.
+        unsafe { libc::madvise(region.as_ptr().cast(), region.len() as usize, libc::MADV_HUGEPAGE) };
+    }
+}
+
+/// `KVM_PRE_FAULT_MEMORY` (Linux 6.11, Documentation/virt/kvm/api.rst, 4.143).
+const KVM_PRE_FAULT_MEMORY: libc::c_ulong = 0xc040_aed5;
+
+/// Enters what the host has of `range` in the guest's page tables at once: each page would be an exit of its own when
+/// the guest touches it first. What the host lacks, or a host that cannot, costs nothing but those exits.
+pub fn map_ahead(vcpu: &kvm_ioctls::VcpuFd, range: std::ops::Range<u64>) {
+    use std::os::fd::AsRawFd;
+    const PAGE: u64 = 4096;
+    let gpa = range.start / PAGE * PAGE;
+    let mut request = kvm_bindings::kvm_pre_fault_memory {
+        gpa,
+        size: (range.end - gpa).next_multiple_of(PAGE),
+        ..Default::default()
+    };
+    // KVM stops at signals and says how far it came; a refusal ends it.
+    while request.size > 0 {
+        let before = request.size;
+        // SAFETY: the call reads and writes one structure of this type.
+        let result = unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_PRE_FAULT_MEMORY, &raw mut request) };
+        if result != 0 || request.size == before {
+            break;
+        }
+    }
+}
+
 /// Makes all of the memory what it was at first: zeroes that cost nothing.
 pub fn clear(memory: &Memory) -> Result<(), Error> {
     // Mapped anew rather than given up page by page: parts of it may be mappings of a kernel's file.

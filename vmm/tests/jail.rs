@@ -398,6 +398,7 @@ fn monitor_with_a_forbidden_call() {
         vcpus: 1,
         memory: 16 << 20,
         hardware: Hardware::MpTable,
+        huge_pages: mandoline_api::monitor::HugePages::None,
         kernel: file(&elf::tiny(&code, ENTRY)),
         initrd: None,
         command_line: String::new(),

@@ -117,8 +117,6 @@ enum Subcommands {
         /// The other
         b: u8,
     },
-    /// Hold a virtual machine that never runs, until it is killed: keeps KVM from patching its code at each guest's start
-    HoldVm,
     /// Remove the directories of labs that were killed
     Sweep,
     /// Join stdin and stdout to a TCP connection (QEMU uses this for connections to the authority)
@@ -185,13 +183,6 @@ fn run(command: Subcommands) -> Result<ExitCode> {
         Subcommands::TinyVm { a, b } => {
             println!("{}", mandoline_lab::tiny_vm::add(a, b)?);
             Ok(ExitCode::SUCCESS)
-        }
-        Subcommands::HoldVm => {
-            let _held = mandoline_lab::tiny_vm::hold()?;
-            println!("held");
-            loop {
-                std::thread::park();
-            }
         }
         Subcommands::Sweep => {
             println!("{}", mandoline_lab::sweep()?);

@@ -10,8 +10,6 @@ use std::path::PathBuf;
 const CODE_AT: u64 = 0x1000;
 const PAGE: usize = 4096;
 const PORT: u16 = 0x3f8;
-/// `IA32_APIC_BASE`: the local APIC is on (Intel SDM volume 3, 11.4.4).
-const APIC_ENABLED: u64 = 1 << 11;
 
 /// Page-aligned, as KVM wants memory to be.
 #[repr(align(4096))]
@@ -71,33 +69,6 @@ pub fn add(a: u8, b: u8) -> Result<u8> {
         }
     }
     said.ok_or_else(|| unexpected("it halted without a word".into()))
-}
-
-/// A virtual machine whose CPU never runs, and whose interrupt controller is never switched on.
-///
-/// While there is none such, KVM's code is patched each time that a guest switches its own on or off (the static keys
-/// `kvm_apic_hw_disabled` and `kvm_apic_sw_disabled`, arch/x86/kvm/lapic.c). Under QEMU's multi-threaded emulation a CPU may go on
-/// in code that another has just patched: the node then stops for a while, or dies of a stale breakpoint.
-pub struct Held {
-    _vcpu: kvm_ioctls::VcpuFd,
-    _vm: kvm_ioctls::VmFd,
-}
-
-/// Makes one; it is there until it is dropped.
-pub fn hold() -> Result<Held> {
-    let device = Kvm::new().map_err(kvm("open"))?;
-    let vm = device.create_vm().map_err(kvm("make a machine with"))?;
-    vm.create_irq_chip()
-        .map_err(kvm("make an interrupt controller with"))?;
-    let vcpu = vm.create_vcpu(0).map_err(kvm("make a CPU with"))?;
-    // Off in hardware too: its base register has the enable bit clear.
-    let mut system = vcpu.get_sregs().map_err(kvm("read registers through"))?;
-    system.apic_base &= !APIC_ENABLED;
-    vcpu.set_sregs(&system).map_err(kvm("set registers through"))?;
-    Ok(Held {
-        _vcpu: vcpu,
-        _vm: vm,
-    })
 }
 
 fn unexpected(value: String) -> LabError {

@@ -181,6 +181,7 @@ impl Boot {
         Ok(Loaded {
             entry: image.entry,
             kernel: HIGH_RAM..kernel_end,
+            image: from_file(&image),
         })
     }
 }
@@ -192,6 +193,18 @@ pub struct Loaded {
     pub entry: Entry,
     /// Where pages of guest memory may be the kernel file's.
     pub kernel: std::ops::Range<u64>,
+    /// What of it the file has.
+    pub image: std::ops::Range<u64>,
+}
+
+/// From the first byte that the file has of a kernel to the last.
+fn from_file(image: &Image) -> std::ops::Range<u64> {
+    let starts = image.segments.iter().map(|segment| segment.address);
+    let ends = image
+        .segments
+        .iter()
+        .map(|segment| segment.address + segment.file_bytes);
+    starts.min().unwrap_or(0)..ends.max().unwrap_or(0)
 }
 
 /// The first address that an initial RAM disk may not use.

@@ -7,7 +7,7 @@ use std::io::{Read, Seek, Write};
 use std::sync::Arc;
 use std::time::Duration;
 
-use mandoline_api::monitor::{Hardware, IoEngine, RunState, StateLine};
+use mandoline_api::monitor::{Hardware, HugePages, IoEngine, RunState, StateLine};
 use mandoline_vmm::boot::elf;
 use mandoline_vmm::config::{Drive, Spec};
 use mandoline_vmm::devices::blk;
@@ -136,6 +136,7 @@ pub fn spec(code: Code) -> Spec {
         vcpus: 1,
         memory: 16 << 20,
         hardware: Hardware::MpTable,
+        huge_pages: HugePages::None,
         kernel: file(&elf::tiny(&code.0, ENTRY)),
         initrd: None,
         command_line: String::new(),
