@@ -35,6 +35,8 @@ pub enum Command {
     Vm(Box<VmArgs>),
     /// Boot a sliver by hand, with its console on this terminal.
     Run(Box<crate::run::RunArgs>),
+    /// Change the limits of a VM that `run` started, while it runs.
+    Set(Box<crate::run::SetArgs>),
     /// Print which system calls each thread of a running monitor may make, and why.
     Filters,
 }
@@ -121,6 +123,9 @@ pub struct VmArgs {
     /// The same as `--seccomp off`.
     #[arg(long, conflicts_with = "seccomp")]
     pub no_seccomp: bool,
+    /// Refuse paths in requests after boot, as a jailed monitor does: files come as descriptors with the request.
+    #[arg(long)]
+    pub no_paths: bool,
     /// End when the parent process does.
     #[arg(long)]
     pub die_with_parent: bool,

@@ -14,6 +14,17 @@ fn main() -> ExitCode {
             print!("{}", mandoline_vmm::jail::seccomp::describe());
             return ExitCode::SUCCESS;
         }
+        Some(Command::Set(args)) => {
+            // The words after `set`, which is the first.
+            let words: Vec<String> = std::env::args().skip(2).collect();
+            return match mandoline_vmm::run::set(args, &words) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => {
+                    eprintln!("mandoline-vmm: {error}");
+                    ExitCode::FAILURE
+                }
+            };
+        }
         Some(Command::Run(args)) => {
             return match mandoline_vmm::run::run(args) {
                 Ok(code) => ExitCode::from(code),

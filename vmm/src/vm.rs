@@ -308,9 +308,14 @@ fn boot(
         .zip(args.jail_gid)
         .map(|(uid, gid)| Identity { uid, gid });
     let filters = args.filters();
+    let paths = if identity.is_some() || args.no_paths {
+        Paths::Jailed
+    } else {
+        Paths::Allowed
+    };
     // In an empty root nothing can be needed by path.
     let needs = jail::landlock::Needs {
-        files: identity.is_none() && api.is_some(),
+        files: paths == Paths::Allowed && api.is_some(),
         sockets: identity.is_none() && devices == Role::DevicesByPath,
     };
     jail::enter(identity, filters.then_some(needs))?;
@@ -340,10 +345,7 @@ fn boot(
                 calls,
                 event: event.clone(),
                 counts: told.counts.clone(),
-                paths: match identity {
-                    Some(_) => Paths::Jailed,
-                    None => Paths::Allowed,
-                },
+                paths,
             };
             start_api(server, running, filters)?;
             Some(Calls { receiver, event })

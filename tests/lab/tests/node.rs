@@ -1,7 +1,7 @@
 //! One bare node: it has what Mandoline needs of a node, and the lab's ways in and out work.
 //! `cargo test -p mandoline-lab -- --ignored` runs these; they need the node image, which is built when missing.
 
-use mandoline_lab::{Images, Lab, LabError, NodeSpec};
+use mandoline_lab::{Images, Lab, LabError, Node, NodeSpec};
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::Path;
@@ -12,7 +12,7 @@ type Tested = Result<(), Box<dyn std::error::Error>>;
 #[ignore = "lab"]
 fn a_node_has_what_slivers_need() -> Tested {
     let mut lab = Lab::new()?;
-    let node = lab.start(NodeSpec::named("tested"))?;
+    let node = lab.start(NodeSpec::named("tested").with_mandoline()?)?;
     eprintln!(
         "node up after {} ms by {}: {:?}",
         node.info().boot_ms,
@@ -64,6 +64,8 @@ fn a_node_has_what_slivers_need() -> Tested {
     let values = node.shell(script)?;
     assert!(values.split_whitespace().all(|v| v != "0"), "{values}");
 
+    limits_by_hand(&node)?;
+
     // The base is read-only, the state disk is not, and services' users are there.
     assert!(node.shell("grep ' / ' /proc/mounts")?.contains("overlay"));
     assert!(
@@ -74,6 +76,70 @@ fn a_node_has_what_slivers_need() -> Tested {
     // An account that only extrausers knows.
     node.shell("echo 'plc_x:x:20001:20001::/:/usr/sbin/nologin' > /var/lib/extrausers/passwd && id plc_x")?;
     node.power_off()?;
+    Ok(())
+}
+
+/// `mandoline-vmm run` puts a sliver under its limits, `set` changes them while it runs, and the kernel says so.
+fn limits_by_hand(node: &Node) -> Tested {
+    let images = "/usr/share/mandoline/images";
+    node.shell(&format!(
+        "/usr/lib/mandoline/bin/mandoline-vmm run --name byhand --kernel {images}/vmlinux-up --root {images}/root.erofs --mem 64MiB --no-join \
+            --tap mrun0 --address 10.98.0.2/24 --serial /run/byhand.serial --log /run/byhand.log \
+            --cpu-share 10 --mem-limit 200MiB --rate 1Mbit/s --disk-ops 1000 --balloon 0 \
+            < /dev/null > /run/byhand.out 2>&1 &
+        until /usr/lib/mandoline/bin/mandoline-vmm set byhand > /dev/null 2>&1; do
+            kill -0 $! || {{ cat /run/byhand.out /run/byhand.log >&2; exit 1; }}
+            sleep 0.1
+        done"
+    ))?;
+    let kernel = |values: &[(&str, &str)]| -> Tested {
+        for (file, want) in values {
+            let got = node.shell(&format!("cat /sys/fs/cgroup/mandoline-run/byhand/{file}"))?;
+            assert_eq!(got.trim(), *want, "{file}");
+        }
+        Ok(())
+    };
+    let class = || node.shell("tc class show dev mrun-ifb | grep 'htb 1:100 '");
+    kernel(&[
+        ("cpu.weight", "100"),
+        ("cpu.max", "max 100000"),
+        ("memory.max", "209715200"),
+    ])?;
+    let words = class()?;
+    assert!(words.contains("rate 1Mbit ceil 1Mbit"), "{words}");
+    // The monitor is in its cgroup, and its supervisor is not.
+    let pid = node.shell("cat /sys/fs/cgroup/mandoline-run/byhand/cgroup.procs")?;
+    let name = node.shell(&format!("cat /proc/{}/cmdline | tr '\\0' ' '", pid.trim()))?;
+    assert!(name.contains(" vm --id byhand "), "{name}");
+
+    let said = node.shell(
+        "/usr/lib/mandoline/bin/mandoline-vmm set byhand --cpu-share 25 --cpu-cap 500 --mem-limit 220MiB --rate 2Mbit/s --peak 4Mbit/s \
+            --disk-ops 50 --balloon 8MiB --tx-bandwidth 8Mbit/s",
+    )?;
+    kernel(&[
+        ("cpu.weight", "250"),
+        ("cpu.max", "50000 100000"),
+        ("memory.max", "230686720"),
+    ])?;
+    let words = class()?;
+    assert!(words.contains("rate 2Mbit ceil 4Mbit"), "{words}");
+    for line in [
+        "cpu.weight: 250",
+        "disk root ops: 50 operations in 1000 ms",
+        "eth0 tx bandwidth: 1000000 bytes in 1000 ms",
+        "balloon: 8 MiB",
+    ] {
+        assert!(said.lines().any(|said| said == line), "{line}: {said}");
+    }
+    node.shell("/usr/lib/mandoline/bin/mandoline-vmm set byhand --cpu-cap none --mem-limit none")?;
+    kernel(&[("cpu.max", "max 100000"), ("memory.max", "max")])?;
+    // Nothing of it stays.
+    let left = node.shell(&format!(
+        "run=$(sed -n 's/PPid:.//p' /proc/{0}/status); kill {0}; while kill -0 $run 2>/dev/null; do sleep 0.1; done
+        ls -d /sys/fs/cgroup/mandoline-run/byhand /run/mandoline-run/byhand /sys/class/net/mrun0 2>/dev/null || echo gone",
+        pid.trim()
+    ))?;
+    assert_eq!(left, "gone\n");
     Ok(())
 }
 

@@ -92,6 +92,7 @@ impl VmLimits {
 pub struct Guard {
     cgroup: Option<Cgroup>,
     tap: Option<OwnedFd>,
+    tap_name: Option<String>,
     shaped: Option<Shaped>,
 }
 
@@ -108,6 +109,7 @@ pub fn apply(limits: &VmLimits) -> Result<Guard> {
     let mut guard = Guard {
         cgroup: None,
         tap: None,
+        tap_name: None,
         shaped: None,
     };
     if limits.needs_cgroup() {
@@ -133,6 +135,7 @@ pub fn apply(limits: &VmLimits) -> Result<Guard> {
             ..Default::default()
         })?;
         guard.tap = Some(fd);
+        guard.tap_name = Some(wanted.name.clone());
         let mut connection = Connection::route()?;
         let device = connection.require_link(&wanted.name)?;
         if let Some(bandwidth) = &wanted.bandwidth {
@@ -255,14 +258,19 @@ impl Guard {
         Ok(shaped.tree.slots(&mut Connection::route()?)?.remove(&shaped.slot))
     }
 
-    /// Changes what the VM may send, at once.
-    pub fn set_bandwidth(&self, bandwidth: &Bandwidth) -> Result<()> {
-        let Some(shaped) = &self.shaped else {
-            return Err(Error::NotFound {
-                what: "a bandwidth limit to change".to_owned(),
-            });
-        };
-        Connection::route()?.execute(&shaped.tree.set(shaped.slot, bandwidth)?)
+    /// Changes what the VM may send, at once; a VM that had no limit gets one.
+    pub fn set_bandwidth(&mut self, bandwidth: &Bandwidth) -> Result<()> {
+        let mut connection = Connection::route()?;
+        match (&self.shaped, &self.tap_name) {
+            (Some(shaped), _) => connection.execute(&shaped.tree.set(shaped.slot, bandwidth)?),
+            (None, Some(tap)) => {
+                self.shaped = Some(shape(&mut connection, tap, bandwidth)?);
+                Ok(())
+            }
+            (None, None) => Err(Error::NotFound {
+                what: "a tap whose bandwidth could be limited".to_owned(),
+            }),
+        }
     }
 
     /// Ends the limits: kills what is left in the cgroup, and takes away everything that was made.

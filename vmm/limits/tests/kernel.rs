@@ -120,6 +120,36 @@ fn what_a_tap_sends_goes_through_its_class() {
 }
 
 #[test]
+fn a_tap_without_a_limit_gets_one_while_it_runs() {
+    in_namespace(|| {
+        let mut free = limits("t1", "1 Mbit/s", "1 Mbit/s");
+        free.tap.as_mut().unwrap().bandwidth = None;
+        let mut guard = vm::apply(&free).unwrap();
+        assert!(guard.class().unwrap().is_none());
+        let bandwidth = Bandwidth {
+            guarantee: rate("3 Mbit/s"),
+            peak: Some(rate("4 Mbit/s")),
+        };
+        guard.set_bandwidth(&bandwidth).unwrap();
+        let parameters = guard.class().unwrap().unwrap().parameters;
+        assert_eq!(
+            (parameters.rate, parameters.ceil),
+            (rate("3 Mbit/s"), rate("4 Mbit/s"))
+        );
+        drop(guard.take_tap());
+        guard.close().unwrap();
+        let mut none = vm::apply(&VmLimits::new("none")).unwrap();
+        assert!(
+            none.set_bandwidth(&bandwidth)
+                .unwrap_err()
+                .to_string()
+                .contains("a tap")
+        );
+        assert_clean();
+    });
+}
+
+#[test]
 fn what_a_killed_run_left_is_taken_away_by_the_next() {
     in_namespace(|| {
         let mut killed = vm::apply(&limits("t1", "1 Mbit/s", "1 Mbit/s")).unwrap();

@@ -90,7 +90,7 @@ pub fn join(args: &RunArgs, socket: &Path) -> Result<JoinReply, Error> {
         time_unix_ns: Some(realtime_ns()),
         interface,
         dns: args.dns.clone(),
-        disk: args.disk.as_ref().map(|_| "/dev/vdb".to_owned()),
+        disk: args.disk_device().map(str::to_owned),
         keys,
         initscript: None,
     };

@@ -3,11 +3,57 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use mandoline_api::agent::Cidr;
-use mandoline_limits::Rate;
+use mandoline_api::monitor::{Hardware, IoEngine};
 
-use crate::cli::Switch;
+use crate::cli::{OnReboot, Switch};
+use crate::run::limits::LimitArgs;
+
+/// How the guest reaches its root image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum RootAs {
+    /// virtio-blk.
+    Disk,
+    /// virtio-pmem.
+    Pmem,
+}
+
+/// How disk requests are executed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Engine {
+    /// One by one.
+    Sync,
+    /// Many at once, by io_uring.
+    Async,
+}
+
+impl From<Engine> for IoEngine {
+    fn from(engine: Engine) -> Self {
+        match engine {
+            Engine::Sync => Self::Sync,
+            Engine::Async => Self::Async,
+        }
+    }
+}
+
+/// How the guest is told of its hardware.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum HardwareArg {
+    /// MP table and command line: the fastest start.
+    MpTable,
+    /// ACPI tables.
+    Acpi,
+}
+
+impl From<HardwareArg> for Hardware {
+    fn from(hardware: HardwareArg) -> Self {
+        match hardware {
+            HardwareArg::MpTable => Self::MpTable,
+            HardwareArg::Acpi => Self::Acpi,
+        }
+    }
+}
 
 /// Boots a sliver by hand, with its console on this terminal.
 ///
@@ -19,13 +65,16 @@ use crate::cli::Switch;
 ///   mandoline-vmm run --kernel /usr/share/mandoline/images/vmlinux-up
 ///     --root /usr/share/mandoline/images/root.erofs --disk my.ext4 --mem 256MiB
 ///     --tap mtap0 --address 10.128.9.2/24 --key ~/.ssh/id_ed25519.pub
-///     --cpu-share 10 --mem-limit 320MiB --rate 10Mbit/s
+///     --cpu-share 10 --mem-limit 320MiB --rate 10Mbit/s --disk-bandwidth 50MiB/s --balloon 0
 ///
-/// and then, from another terminal: ssh root@10.128.9.2
+/// and then, from another terminal:
+///
+///   ssh root@10.128.9.2
+///   mandoline-vmm set sliver --cpu-share 20 --rate 5Mbit/s --peak 20Mbit/s --balloon 64MiB
 #[derive(Debug, Clone, Args)]
 #[command(verbatim_doc_comment)]
 pub struct RunArgs {
-    /// Kernel: an uncompressed ELF vmlinux with a PVH entry.
+    /// Kernel: an ELF vmlinux or a bzImage.
     #[arg(long, value_name = "FILE")]
     pub kernel: PathBuf,
     /// Root image, shared and read-only (vda).
@@ -47,7 +96,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "TEXT", default_value = "", allow_hyphen_values = true)]
     pub append: String,
 
-    /// Name of the VM and of its cgroup (mandoline-run/NAME).
+    /// Name of the VM, for `mandoline-vmm set NAME`, and of its cgroup (mandoline-run/NAME).
     #[arg(long, default_value = "sliver")]
     pub name: String,
     /// Host name of the guest.
@@ -66,9 +115,6 @@ pub struct RunArgs {
     /// Tap to make for the guest (needs root); it goes when the guest ends.
     #[arg(long, value_name = "NAME", requires = "address")]
     pub tap: Option<String>,
-    /// Let the host's kernel move the tap's frames (/dev/vhost-net): more frames a second for less CPU.
-    #[arg(long, requires = "tap")]
-    pub vhost: bool,
     /// The guest's address, as 10.128.9.2/24.
     #[arg(long, value_name = "ADDRESS/BITS")]
     pub address: Option<Cidr>,
@@ -79,26 +125,40 @@ pub struct RunArgs {
     #[arg(long, value_name = "ADDRESS")]
     pub dns: Vec<IpAddr>,
 
-    /// Share of the CPU, a weight from 1 to 1000: 10 of 50 active is 20 % (needs root, cgroup v2).
-    #[arg(long, value_name = "1-1000")]
-    pub cpu_share: Option<u32>,
-    /// Cap on CPU time in thousandths of one CPU, however idle the host: 10 is 1 %.
-    #[arg(long, value_name = "N")]
-    pub cpu_cap: Option<u32>,
-    /// Most memory for guest and monitor together (memory.max).
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    pub mem_limit: Option<u64>,
-    /// Bandwidth that the guest may send, as 10Mbit/s; it is both guarantee and, without --peak, ceiling.
-    #[arg(long, value_name = "RATE", requires = "tap")]
-    pub rate: Option<Rate>,
-    /// Ceiling of its bandwidth while others leave some.
-    #[arg(long, value_name = "RATE", requires = "rate")]
-    pub peak: Option<Rate>,
+    /// How the guest reaches its root image: a disk, or persistent memory that it maps (DAX): no copy of its own.
+    #[arg(long, value_enum, default_value = "disk")]
+    pub root_as: RootAs,
+    /// How disk requests are executed [default: what the benchmarks favour].
+    #[arg(long, value_enum)]
+    pub io_engine: Option<Engine>,
+    /// Let the host's kernel move the frames (/dev/vhost-net); not together with --rx-... and --tx-...
+    #[arg(
+        long,
+        requires = "tap",
+        conflicts_with_all = ["rx_bandwidth", "rx_ops", "tx_bandwidth", "tx_ops"]
+    )]
+    pub vhost: bool,
+    /// How the guest is told of its hardware.
+    #[arg(long, value_enum, default_value = "mp-table")]
+    pub hardware: HardwareArg,
+    /// What happens when the guest reboots.
+    #[arg(long, value_enum, default_value = "restart")]
+    pub on_reboot: OnReboot,
+    /// File that takes the memory of the parked guest: made for nobody else to read. Without it, it is never parked.
+    #[arg(long, value_name = "FILE")]
+    pub park: Option<PathBuf>,
+    /// Park by itself after it was idle for so many ms [default: only when asked on the control socket].
+    #[arg(long, value_name = "MS", requires = "park")]
+    pub park_idle: Option<u64>,
+
+    /// Limits.
+    #[command(flatten)]
+    pub limits: LimitArgs,
 
     /// Unix socket through which the guest is reached (`CONNECT <port>`); kept private without it.
     #[arg(long, value_name = "PATH")]
     pub vsock: Option<PathBuf>,
-    /// Control socket.
+    /// Control socket [default: a private one, for `mandoline-vmm set`].
     #[arg(long, value_name = "PATH")]
     pub api_sock: Option<PathBuf>,
     /// Where the console's output goes instead of this terminal.
@@ -148,6 +208,14 @@ impl RunArgs {
         };
         let [a, b, c, d] = address.octets();
         Some(format!("02:00:{a:02x}:{b:02x}:{c:02x}:{d:02x}"))
+    }
+
+    /// The guest's name for its own disk: the second, where the root image is the first.
+    pub fn disk_device(&self) -> Option<&'static str> {
+        let after_root = self.root.is_some() && self.root_as == RootAs::Disk;
+        self.disk
+            .as_ref()
+            .map(|_| if after_root { "/dev/vdb" } else { "/dev/vda" })
     }
 
     /// The host's address on the tap: the gateway, or the first address of the guest's network.

@@ -1,10 +1,9 @@
-//! The small things that `run` holds: descriptors for its child, the vsock socket, the terminal, files in memory.
+//! The small things that `run` holds: descriptors for its child, the terminal, files in memory.
 
 use std::fs::File;
 use std::io::{self, Seek, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use rustix::termios::{LocalModes, OptionalActions, Termios};
 
@@ -38,44 +37,6 @@ impl Handed {
             name,
             file.map_err(host(format!("{name}: opening {}", path.display())))?,
         )
-    }
-}
-
-/// The vsock socket: where the caller wants it, or in a directory of its own that goes with it.
-pub(super) struct PrivateSocket {
-    pub(super) listener: UnixListener,
-    pub(super) path: PathBuf,
-    directory: Option<PathBuf>,
-}
-
-impl PrivateSocket {
-    pub(super) fn new(wanted: Option<&Path>) -> Result<Self, Error> {
-        let (path, directory) = match wanted {
-            Some(path) => (path.to_owned(), None),
-            None => {
-                let directory = std::env::temp_dir().join(format!("mandoline-run-{}", std::process::id()));
-                std::os::unix::fs::DirBuilderExt::mode(&mut std::fs::DirBuilder::new(), 0o700)
-                    .create(&directory)
-                    .map_err(host(format!("making {}", directory.display())))?;
-                (directory.join("vsock"), Some(directory))
-            }
-        };
-        let listener =
-            UnixListener::bind(&path).map_err(host(format!("vsock: making {}", path.display())))?;
-        Ok(Self {
-            listener,
-            path,
-            directory,
-        })
-    }
-}
-
-impl Drop for PrivateSocket {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
-        if let Some(directory) = &self.directory {
-            let _ = std::fs::remove_dir(directory);
-        }
     }
 }
 

@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
@@ -11,28 +13,33 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use mandoline_api::agent::{self as protocol, Event};
 use mandoline_api::monitor::{
-    BootSource, Drive, Entropy, ExitReason, MachineConfig, NetworkInterface, Phase, StateLine, VSOCK_OUT_FD,
-    VmConfig, Vsock,
+    Balloon, BootSource, Drive, Entropy, ExitReason, MachineConfig, NetworkInterface, Park, Phase, Pmem,
+    StateLine, VSOCK_OUT_FD, VmConfig, Vsock,
 };
-use mandoline_limits::cgroup::{CpuMax, CpuShare, MemoryLimits};
+use mandoline_limits::cgroup::{Cgroup, MemoryLimits};
 use mandoline_limits::shaper::Bandwidth;
 use mandoline_limits::vm::{self as limits, Guard, TapLimits, VmLimits};
 use rustix::event::{PollFd, PollFlags};
 use rustix::process::{Pid, PidfdFlags, Signal};
 
-use crate::cli::Switch;
+use crate::cli::{OnReboot, Switch};
 use crate::config::DEFAULT_COMMAND_LINE;
 use crate::monitor;
 use crate::run::agent;
-use crate::run::options::RunArgs;
-use crate::run::parts::{Handed, PrivateSocket, RawTerminal, memory_file, reopen_for_append};
+use crate::run::limits::{Bound, BurstError};
+use crate::run::options::{RootAs, RunArgs};
+use crate::run::parts::{Handed, RawTerminal, memory_file, reopen_for_append};
+use crate::run::place::Place;
+use crate::run::set;
 use crate::state::monotonic_ns;
 
 /// What the sliver's kernel is told beside [`DEFAULT_COMMAND_LINE`] when there is a root image.
-const ROOT_ARGUMENTS: &str = "root=/dev/vda rootfstype=erofs ro init=/sbin/mandoline-agent";
+const ROOT_ARGUMENTS: &str = "rootfstype=erofs init=/sbin/mandoline-agent";
 /// The first user id for monitors that are given none: far above people and services.
 const FIRST_UID: u32 = 0x7000_0000;
 const GUEST_CID: u32 = 3;
+/// Most threads of a monitor beside its vCPUs, KVM's and io_uring's workers among them.
+const THREADS: u32 = 64;
 
 /// `run` failed.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +50,18 @@ pub enum Error {
     /// The monitor's own preparations.
     #[error(transparent)]
     Monitor(#[from] monitor::Error),
+    /// A burst.
+    #[error(transparent)]
+    Burst(#[from] BurstError),
+    /// A name that cannot be a directory's.
+    #[error("name {0:?} is refused: allowed are 1 to 48 letters, digits and any of _-. (not first)")]
+    Name(String),
+    /// A name that is taken.
+    #[error("name {0:?}: a VM of this name runs already; --name gives another")]
+    Taken(String),
+    /// A limit without the device that it limits.
+    #[error("{0} needs --tap")]
+    NoTap(&'static str),
     /// The host.
     #[error("{what}: {source}")]
     Host {
@@ -61,10 +80,15 @@ pub(super) fn host(what: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
 /// Boots the sliver and returns the monitor's exit status.
 pub fn run(args: &RunArgs) -> Result<u8, Error> {
     let started = monotonic_ns();
-    let mut guard = limits::apply(&vm_limits(args)?)?;
-    let socket = PrivateSocket::new(args.vsock.as_deref())?;
+    let limits = vm_limits(args)?;
+    let mut place = Place::take(&args.name)?;
+    let mut guard = limits::apply(&limits)?;
+    let (vsock, vsock_path) = place.listen("vsock", args.vsock.as_deref())?;
+    let (control, control_path) = place.listen("api", args.api_sock.as_deref())?;
+    let (requests, _) = place.listen("set", None)?;
     let mut handed = Handed::default();
-    let config = configuration(args, &mut guard, &socket, &mut handed)?;
+    let config = configuration(args, &mut guard, vsock, &mut handed)?;
+    let control = handed.give("api", control)?;
     let config_text = serde_json::to_vec(&config).map_err(|error| host("configuration")(error.into()))?;
     handed.give("config", memory_file("config", &config_text)?)?;
 
@@ -104,16 +128,17 @@ pub fn run(args: &RunArgs) -> Result<u8, Error> {
         "--state-file",
         "fd:state",
     ]);
-    command.args(["--on-reboot", "restart"]);
+    let on_reboot = match args.on_reboot {
+        OnReboot::Restart => "restart",
+        OnReboot::Exit => "exit",
+    };
+    command.args(["--on-reboot", on_reboot, "--api-sock", &control, "--no-paths"]);
     command.args(["--boot-timer", "--start-time-ns", &started.to_string()]);
     command.arg("--die-with-parent");
     for (option, value) in [("--log", log), ("--serial", serial)] {
         if let Some(value) = value {
             command.args([option, &value]);
         }
-    }
-    if let Some(path) = &args.api_sock {
-        command.arg("--api-sock").arg(path);
     }
     if args.seccomp == Switch::Off {
         command.args(["--seccomp", "off"]);
@@ -133,7 +158,12 @@ pub fn run(args: &RunArgs) -> Result<u8, Error> {
     let terminal = RawTerminal::enter();
     let mut child = spawn(&mut command, &guard)?;
     drop(handed);
-    let status = supervise(args, &mut child, &signals, &broker, &socket);
+    let mut outside = Outside {
+        requests,
+        guard: &mut guard,
+        control: control_path,
+    };
+    let status = supervise(args, &mut child, &signals, &broker, vsock_path, &mut outside);
     drop(terminal);
     let code = match status {
         Ok(code) => code,
@@ -150,12 +180,30 @@ pub fn run(args: &RunArgs) -> Result<u8, Error> {
 }
 
 fn vm_limits(args: &RunArgs) -> Result<VmLimits, Error> {
+    let wanted = &args.limits;
+    if args.tap.is_none() {
+        for (option, given) in [
+            ("--rate", wanted.rate.is_some()),
+            ("--rx-bandwidth", wanted.rx_bandwidth.is_some()),
+            ("--rx-ops", wanted.rx_ops.is_some()),
+            ("--tx-bandwidth", wanted.tx_bandwidth.is_some()),
+            ("--tx-ops", wanted.tx_ops.is_some()),
+        ] {
+            if given {
+                return Err(Error::NoTap(option));
+            }
+        }
+    }
     let mut limits = VmLimits::new(&args.name);
-    limits.cpu_share = args.cpu_share.map(CpuShare::new).transpose()?;
-    limits.cpu_max = args.cpu_cap.map(CpuMax::of_one_cpu).transpose()?;
-    if args.mem_limit.is_some() {
+    limits.cpu_share = wanted.cpu_share;
+    limits.cpu_max = wanted.cpu_cap.and_then(Bound::limit);
+    // Also without a limit of its own: so that it can get one later.
+    if rustix::process::geteuid().is_root() && Cgroup::available(&limits.cgroup_root) {
+        limits.pids_max = Some(THREADS + u32::from(args.vcpus));
+    }
+    if let Some(max) = wanted.mem_limit.and_then(Bound::limit) {
         limits.memory = MemoryLimits {
-            max: args.mem_limit,
+            max: Some(max),
             oom_group: Some(true),
             ..Default::default()
         };
@@ -164,9 +212,9 @@ fn vm_limits(args: &RunArgs) -> Result<VmLimits, Error> {
         name: name.clone(),
         address: args.host_address(),
         mtu: None,
-        bandwidth: args.rate.map(|guarantee| Bandwidth {
+        bandwidth: wanted.rate.map(|guarantee| Bandwidth {
             guarantee,
-            peak: args.peak.or(args.rate),
+            peak: wanted.peak.or(wanted.rate),
         }),
     });
     Ok(limits)
@@ -175,21 +223,35 @@ fn vm_limits(args: &RunArgs) -> Result<VmLimits, Error> {
 fn configuration(
     args: &RunArgs,
     guard: &mut Guard,
-    socket: &PrivateSocket,
+    vsock: UnixListener,
     handed: &mut Handed,
 ) -> Result<VmConfig, Error> {
+    let limits = &args.limits;
     let kernel = handed.file("kernel", &args.kernel, false)?;
-    let mut drives = Vec::new();
+    let (mut drives, mut pmem) = (Vec::new(), Vec::new());
     for (id, path, read_only) in [("root", &args.root, true), ("disk", &args.disk, false)] {
-        if let Some(path) = path {
-            drives.push(Drive {
-                drive_id: id.to_owned(),
-                path_on_host: handed.file(id, path, !read_only)?,
-                is_root_device: id == "root",
-                is_read_only: read_only,
-                ..Drive::default()
+        let Some(path) = path else { continue };
+        let path_on_host = handed.file(id, path, !read_only)?;
+        let is_root_device = id == "root";
+        if is_root_device && args.root_as == RootAs::Pmem {
+            pmem.push(Pmem {
+                id: id.to_owned(),
+                path_on_host,
+                root_device: true,
+                read_only,
+                rate_limiter: None,
             });
+            continue;
         }
+        drives.push(Drive {
+            drive_id: id.to_owned(),
+            path_on_host,
+            is_root_device,
+            is_read_only: read_only,
+            io_engine: args.io_engine.map(Into::into),
+            rate_limiter: limits.disk()?,
+            ..Drive::default()
+        });
     }
     let mut network_interfaces = Vec::new();
     if let Some(tap) = guard.take_tap() {
@@ -201,10 +263,28 @@ fn configuration(
                 .vhost
                 .then(|| handed.file("vhost", "/dev/vhost-net".as_ref(), true))
                 .transpose()?,
+            rx_rate_limiter: limits.rx()?,
+            tx_rate_limiter: limits.tx()?,
             ..NetworkInterface::default()
         });
     }
-    let listener = socket.listener.try_clone().map_err(host("vsock"))?;
+    let park = args.park.as_ref().map(|path| -> Result<_, Error> {
+        let mut options = File::options();
+        options
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600);
+        let file = options
+            .open(path)
+            .map_err(host(format!("park: opening {}", path.display())))?;
+        Ok(Park {
+            mem_file_path: handed.give("park", file)?,
+            idle_ms: args.park_idle,
+        })
+    });
+    let park = park.transpose()?;
     let mut line = args.command_line.clone().unwrap_or_else(|| {
         let root = if args.root.is_some() { ROOT_ARGUMENTS } else { "" };
         format!("{DEFAULT_COMMAND_LINE} {root}")
@@ -220,16 +300,26 @@ fn configuration(
         machine_config: MachineConfig {
             vcpu_count: args.vcpus,
             mem_size_mib: args.mem >> 20,
+            hardware: args.hardware.into(),
             ..Default::default()
         },
         drives,
         network_interfaces,
         vsock: Some(Vsock {
             guest_cid: GUEST_CID,
-            uds_path: handed.give("vsock", listener)?,
+            uds_path: handed.give("vsock", vsock)?,
             vsock_id: None,
         }),
         entropy: Some(Entropy::default()),
+        balloon: limits.balloon.map(|amount_mib| Balloon {
+            amount_mib,
+            deflate_on_oom: true,
+            stats_polling_interval_s: 0,
+            free_page_hinting: false,
+            free_page_reporting: false,
+        }),
+        pmem,
+        park,
         ..VmConfig::default()
     })
 }
@@ -266,18 +356,26 @@ fn spawn(command: &mut Command, guard: &Guard) -> Result<Child, Error> {
     command.spawn().map_err(host("starting the monitor"))
 }
 
+/// What can be changed from outside while the VM runs.
+struct Outside<'a> {
+    requests: UnixListener,
+    guard: &'a mut Guard,
+    control: PathBuf,
+}
+
 /// Waits for the monitor's end; meanwhile joins the guest when it is up, and hears Ctrl-C.
 fn supervise(
     args: &RunArgs,
     child: &mut Child,
     signals: &OwnedFd,
     broker: &OwnedFd,
-    socket: &PrivateSocket,
+    vsock: PathBuf,
+    outside: &mut Outside<'_>,
 ) -> Result<u8, Error> {
     let pid = Pid::from_child(child);
     let pidfd =
         rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(|error| host("pidfd")(error.into()))?;
-    let socket = Arc::new(socket.path.clone());
+    let socket = Arc::new(vsock);
     let mut asked = 0;
     let mut broker = Some(broker);
     let greeted = Arc::new(AtomicBool::new(false));
@@ -285,6 +383,7 @@ fn supervise(
         let mut fds = vec![
             PollFd::new(&pidfd, PollFlags::IN),
             PollFd::new(signals, PollFlags::IN),
+            PollFd::new(&outside.requests, PollFlags::IN),
         ];
         fds.extend(broker.map(|broker| PollFd::new(broker, PollFlags::IN)));
         match rustix::event::poll(&mut fds, None) {
@@ -295,7 +394,7 @@ fn supervise(
             fds.get(index)
                 .is_some_and(|fd: &PollFd<'_>| !fd.revents().is_empty())
         };
-        let (ended, signalled, stream) = (ready(0), ready(1), ready(2));
+        let (ended, signalled, asked_for_limits, stream) = (ready(0), ready(1), ready(2), ready(3));
         if ended {
             let status = child.wait().map_err(host("waiting for the monitor"))?;
             return Ok(status
@@ -308,6 +407,14 @@ fn supervise(
             let _ = rustix::io::read(signals, &mut info);
             asked += 1;
             end(asked, &pidfd, &socket);
+        }
+        if asked_for_limits {
+            let Outside {
+                requests,
+                guard,
+                control,
+            } = outside;
+            set::serve(requests, guard, control);
         }
         if stream && let Some(from) = broker {
             match receive_stream(from) {

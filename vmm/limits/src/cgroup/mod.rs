@@ -101,6 +101,14 @@ impl Cgroup {
             .collect()
     }
 
+    /// Whether `root` is a cgroup v2 tree with every controller that limits need ([`CONTROLLERS`]).
+    pub fn available(root: &Path) -> bool {
+        let controllers = std::fs::read_to_string(root.join("cgroup.controllers")).unwrap_or_default();
+        CONTROLLERS
+            .iter()
+            .all(|wanted| controllers.split_whitespace().any(|there| there == *wanted))
+    }
+
     /// Sets the share of the processor among siblings that want it.
     pub fn set_cpu_share(&self, share: CpuShare) -> Result<()> {
         self.write("cpu.weight", &share.weight().to_string())
