@@ -11,7 +11,7 @@ ROOT := guest-image/root/build
 NODE := guest-image/node/build
 CLOUD := guest-image/cloud-kernel/build
 
-.PHONY: help demo test bench soak setup build images check deny unit image-tests lab-tests doctor clean
+.PHONY: help demo test bench soak fuzz fuzz-short setup build images check deny unit image-tests lab-tests doctor clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,7 +19,7 @@ help: ## This list
 demo: setup images build ## A slice with a running sliver that you can ssh into (KEEP=1 leaves it up)
 	@scripts/with-images target/release/mandoline demo $(if $(KEEP),--keep)
 
-test: setup check deny unit images build image-tests lab-tests ## Everything that proves that it works
+test: setup check deny unit fuzz-short images build image-tests lab-tests ## Everything that proves that it works
 	@printf '\nall tests passed\n'
 
 bench: setup images build ## Benchmarks in a lab node: make bench BENCH=boot
@@ -27,6 +27,9 @@ bench: setup images build ## Benchmarks in a lab node: make bench BENCH=boot
 
 soak: setup images build ## The long tests: what an idle sliver writes in five minutes
 	@$(STEP) "soak tests" scripts/with-images python3 tests/e2e/soak_idle_disk.py
+
+fuzz: ## Fuzz one target of the monitor: make fuzz TARGET=blk SECONDS=600
+	@scripts/fuzz $(TARGET) $(SECONDS)
 
 setup: ## Install what is missing, or say what to install
 	@scripts/setup
@@ -50,6 +53,9 @@ deny: ## Licences and bans of what is linked in
 
 unit: ## Unit, property and payload tests
 	@$(STEP) "unit, property and payload tests" cargo test --workspace --quiet
+
+fuzz-short: ## A few seconds of fuzzing for each target
+	@$(STEP) "fuzzing, 2 s a target" scripts/fuzz --short
 
 image-tests: ## Do the images keep their promises?
 	@$(STEP) "kernel tests" guest-image/kernel/test

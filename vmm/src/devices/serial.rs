@@ -214,11 +214,13 @@ impl Uart {
     /// Registers as they are at power-on; what waits for the host's end still goes there.
     pub fn power_on(&self) {
         let mut registers = self.registers();
+        // Before all else: while its divisor latch bit is set, the data register is not there.
+        let _ = registers.write(LCR, 0);
         // Bytes for the guest that is gone are dropped by reading them.
         while registers.read(LSR) & LSR_DATA_READY != 0 {
             registers.read(DATA);
         }
-        for (offset, value) in [(LCR, 0), (IER, 0), (MCR, MCR_OUT2)] {
+        for (offset, value) in [(IER, 0), (MCR, MCR_OUT2)] {
             // Cannot fail: none of these makes an interrupt or fills the FIFO.
             let _ = registers.write(offset, value);
         }
@@ -341,5 +343,21 @@ mod tests {
             got += 1;
         }
         assert_eq!(got, 100);
+    }
+
+    #[test]
+    fn input_is_dropped_at_power_on_whatever_the_guest_set() {
+        use std::io::Seek;
+        let uart = Uart::new(EventFd::new(libc::EFD_NONBLOCK).unwrap(), console());
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"for the guest that is gone").unwrap();
+        file.rewind().unwrap();
+        uart.feed(&mut file).unwrap();
+        for register in [LCR, IER, MCR] {
+            uart.write(register, 0xff);
+        }
+        uart.power_on();
+        assert_eq!(uart.read(LSR) & LSR_DATA_READY, 0);
+        assert_eq!([uart.read(LCR), uart.read(IER), uart.read(MCR)], [0, 0, MCR_OUT2]);
     }
 }
