@@ -4,19 +4,16 @@
 //! names the thread's role, the call and its arguments to the log, and the process ends with
 //! [`EXIT_SECCOMP`](mandoline_api::monitor::EXIT_SECCOMP). A guest that has taken over a thread gets no second try.
 
+mod filter;
 mod handler;
 pub mod ioctl;
 pub mod table;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
 use std::fmt;
 
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
-    TargetArch, apply_filter,
-};
+use seccompiler::{BpfProgram, apply_filter};
 
 pub use handler::install_handler;
 use table::{Limit, Rule};
@@ -68,59 +65,14 @@ pub struct Error {
 }
 
 /// The filter of a role, for this process.
-pub fn program(role: Role) -> Result<BpfProgram, Error> {
-    compile(role).map_err(|error| Error {
-        role,
-        source: error.into(),
-    })
-}
-
-fn compile(role: Role) -> Result<BpfProgram, seccompiler::BackendError> {
-    let mut calls = BTreeMap::new();
-    for rule in table::rules(role) {
-        calls.insert(i64::from(rule.call.id()), arguments(rule.limit)?);
-    }
-    SeccompFilter::new(
-        calls,
-        SeccompAction::Trap,
-        SeccompAction::Allow,
-        TargetArch::x86_64,
-    )?
-    .try_into()
-}
-
-/// A limit in the filter's terms: any of the rules; none means that everything may pass.
-fn arguments(limit: Limit) -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
-    let rule = |argument, operator, value| {
-        let condition = SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value)?;
-        SeccompRule::new(vec![condition])
-    };
-    match limit {
-        Limit::Free => Ok(Vec::new()),
-        Limit::OneOf(argument, values) => values
-            .iter()
-            .map(|value| rule(argument, SeccompCmpOp::Eq, value.number))
-            .collect(),
-        Limit::OneOfBeside(argument, beside, values) => {
-            let mask = u64::from(u32::MAX) & !beside.number;
-            values
-                .iter()
-                .map(|value| rule(argument, SeccompCmpOp::MaskedEq(mask), value.number))
-                .collect()
-        }
-        Limit::Without(argument, bits) => Ok(vec![rule(argument, SeccompCmpOp::MaskedEq(bits.number), 0)?]),
-        Limit::OwnProcess(argument) => {
-            let own = u64::from(std::process::id());
-            Ok(vec![rule(argument, SeccompCmpOp::Eq, own)?])
-        }
-    }
+pub fn program(role: Role) -> BpfProgram {
+    filter::compile(role, std::process::id())
 }
 
 /// Puts the calling thread under the filter of `role`, for good.
 pub fn confine(role: Role) -> Result<(), Error> {
-    let program = program(role)?;
     handler::set_role(role);
-    apply_filter(&program).map_err(|source| Error { role, source })
+    apply_filter(&program(role)).map_err(|source| Error { role, source })
 }
 
 /// The table for people: role, call, limit, reason.
