@@ -164,9 +164,11 @@ fn a_drive_is_read_by_kick_and_interrupt() {
             .raw(&[0x04, b'0']) // add al, '0'
             .print_al()
             // Interrupt status shows used buffers, and the interrupt controller has the line of the first device (5).
+            // The status is shown before the line is raised: l: in al, 0x20; test al, 1 << 5; jz l
             .wait_bits(WINDOW + 0x60, 1)
             .out(0x20, 0x0a)
             .input(0x20)
+            .raw(&[0xa8, 1 << 5, 0x74, 0xf7])
             .print_al()
             .power_off();
         let Some(outcome) = run(with_engine(with_drive(code, &disk, false).0, engine)) else {
