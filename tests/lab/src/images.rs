@@ -69,16 +69,35 @@ impl SliverImages {
     }
 }
 
-/// The directory of the sliver kernel of a flavour: `MANDOLINE_KERNEL_DIR` for `up`, else what the builder gives.
+/// The directory of the sliver kernel of a flavour, with vmlinux and bzImage: `MANDOLINE_KERNEL_DIR` for `up`,
+/// `MANDOLINE_KERNEL_SMP_DIR` for `smp`, else what the builder gives.
 pub fn kernel(flavour: &str) -> Result<PathBuf> {
-    let variable = "MANDOLINE_KERNEL_DIR";
-    match from_environment(variable)?.filter(|_| flavour == "up") {
+    let variable = match flavour {
+        "smp" => "MANDOLINE_KERNEL_SMP_DIR",
+        _ => "MANDOLINE_KERNEL_DIR",
+    };
+    match from_environment(variable)? {
         Some(dir) => Ok(dir),
         None => builder(
             "the sliver kernel",
             variable,
             "guest-image/kernel/build",
             &[flavour],
+        ),
+    }
+}
+
+/// The directory of Debian's cloud kernel for slivers, with bzImage and initrd: `MANDOLINE_CLOUD_KERNEL_DIR`, else
+/// what the builder gives.
+pub fn cloud_kernel() -> Result<PathBuf> {
+    let variable = "MANDOLINE_CLOUD_KERNEL_DIR";
+    match from_environment(variable)? {
+        Some(dir) => Ok(dir),
+        None => builder(
+            "Debian's cloud kernel for slivers",
+            variable,
+            "guest-image/cloud-kernel/build",
+            &[],
         ),
     }
 }

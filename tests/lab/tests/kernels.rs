@@ -1,4 +1,5 @@
-//! Real kernels under the monitor, by PVH and by the 64-bit Linux protocol: how they see their machine, and how they end.
+//! Real kernels under the monitor, by every way that it can start one: PVH and the 64-bit Linux protocol, `vmlinux` and
+//! `bzImage`, told of their hardware by an MP table and by ACPI; how they see their machine, and how they end.
 //!
 //! Each guest has a shell for its init, on the serial port. It gets one line for each of its starts: to say what it sees,
 //! and to end.
@@ -36,15 +37,19 @@ const LOOK: &str = "mount -t proc proc /proc; mount -t sysfs sysfs /sys; \
     echo @core=$(cat /sys/devices/system/cpu/cpu0/topology/core_cpus_list); \
     echo @package=$(cat /sys/devices/system/cpu/cpu0/topology/package_cpus_list); \
     echo @virtio=$(ls /sys/bus/virtio/devices | wc -l); \
+    echo @generation=$(ls -d /sys/bus/platform/drivers/vmgenid/*:* 2>/dev/null | wc -l); \
     echo @calibrated=$(dmesg | grep -c -e 'TSC calibration' -e 'Calibrating delay loop\\.'); ";
 
-// reboot(2) with LINUX_REBOOT_CMD_RESTART, once the serial port has sent everything.
+// reboot(2) with LINUX_REBOOT_CMD_POWER_OFF and _RESTART, once the serial port has sent everything.
+const POWER_OFF: &str =
+    "exec perl -MPOSIX -e 'tcdrain(1); syscall(169, 0xfee1dead, 672274793, 0x4321fedc, 0)'";
 const RESTART: &str = "exec perl -MPOSIX -e 'tcdrain(1); syscall(169, 0xfee1dead, 672274793, 0x01234567, 0)'";
 
 /// A guest and what is expected of it.
 struct Guest<'a> {
     name: &'a str,
     kernel: &'a str,
+    initrd: Option<&'a str>,
     /// More of the command line.
     append: &'a str,
     vcpus: u8,
@@ -64,6 +69,7 @@ impl Guest<'_> {
     const UP: Guest<'static> = Guest {
         name: "up",
         kernel: "/usr/share/mandoline/images/vmlinux-up",
+        initrd: None,
         append: "init=/bin/sh reboot=k",
         vcpus: 1,
         mem_mib: 32,
@@ -73,6 +79,17 @@ impl Guest<'_> {
         status: 64,
         reason: "reboot",
     };
+    /// One that ACPI tells how to do both: it starts again in its place, then ends.
+    const ACPI: Guest<'static> = Guest {
+        append: "init=/bin/sh",
+        mem_mib: 256,
+        hardware: "acpi",
+        ends: &[RESTART, POWER_OFF],
+        on_reboot: "restart",
+        status: 0,
+        reason: "shutdown",
+        ..Guest::UP
+    };
 
     /// Runs it to its end; what it said last of all that it was asked.
     fn run(&self, node: &Node) -> Result<BTreeMap<String, String>, Box<dyn std::error::Error>> {
@@ -80,6 +97,7 @@ impl Guest<'_> {
         let config = serde_json::json!({
             "boot-source": {
                 "kernel_image_path": self.kernel,
+                "initrd_path": self.initrd,
                 "boot_args": format!(
                     "console=ttyS0 quiet loglevel=1 panic=1 root=/dev/vda rootfstype=erofs ro {}",
                     self.append
@@ -159,6 +177,10 @@ impl Guest<'_> {
             2,
             "{name}: drive and entropy, each of them once"
         );
+        if self.kernel.starts_with("/run/smp") {
+            let generation = u32::from(self.hardware == "acpi");
+            assert_eq!(number("generation"), generation, "{name}: VM generation id");
+        }
         Ok(())
     }
 }
@@ -194,8 +216,17 @@ fn kernels_start_by_every_protocol_and_end_as_they_say() -> Tested {
     // was there for a moment stops the kernel, the node's or a guest's with many processors. With one thread it cannot.
     spec.cpus = 1;
     let node = lab.start(spec)?;
+    let (smp, cloud) = (images::kernel("smp")?, images::cloud_kernel()?);
     let bare = without_notes(&images::kernel("up")?.join("vmlinux"))?;
-    node.copy_in(bare.path(), "/run/up-without-notes")?;
+    for (from, to) in [
+        (bare.path(), "/run/up-without-notes"),
+        (&smp.join("vmlinux"), "/run/smp-vmlinux"),
+        (&smp.join("bzImage"), "/run/smp-bzImage"),
+        (&cloud.join("bzImage"), "/run/cloud-bzImage"),
+        (&cloud.join("initrd"), "/run/cloud-initrd"),
+    ] {
+        node.copy_in(from, to)?;
+    }
 
     // The smallest sliver, by PVH; the same kernel by the 64-bit protocol; and how it ends when it cannot go on.
     Guest::UP.check(&node)?;
@@ -214,6 +245,37 @@ fn kernels_start_by_every_protocol_and_end_as_they_say() -> Tested {
         ..Guest::UP
     }
     .run(&node)?;
+
+    // Many processors, and memory on both sides of the hole.
+    let many = |name, kernel, mem_mib, base| Guest {
+        name,
+        kernel,
+        mem_mib,
+        vcpus: 8,
+        ..base
+    };
+    for guest in [
+        many("smp-vmlinux-mp-table", "/run/smp-vmlinux", 5120, Guest::UP),
+        many("smp-bzimage-mp-table", "/run/smp-bzImage", 256, Guest::UP),
+        Guest {
+            ends: &[POWER_OFF],
+            ..many("smp-vmlinux-acpi", "/run/smp-vmlinux", 256, Guest::ACPI)
+        },
+        many("smp-bzimage-acpi", "/run/smp-bzImage", 5120, Guest::ACPI),
+    ] {
+        guest.check(&node)?;
+    }
+
+    // A kernel that is not ours, with its drivers in an initial RAM disk.
+    Guest {
+        name: "cloud",
+        kernel: "/run/cloud-bzImage",
+        initrd: Some("/run/cloud-initrd"),
+        vcpus: 2,
+        ends: &[POWER_OFF],
+        ..Guest::ACPI
+    }
+    .check(&node)?;
     node.power_off()?;
     Ok(())
 }
