@@ -11,7 +11,7 @@ ROOT := guest-image/root/build
 NODE := guest-image/node/build
 CLOUD := guest-image/cloud-kernel/build
 
-.PHONY: help demo test bench soak fuzz fuzz-short setup build images check deny unit image-tests lab-tests doctor clean
+.PHONY: help demo test bench soak fuzz fuzz-short setup build images test-images check deny unit image-tests lab-tests doctor clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,7 +19,7 @@ help: ## This list
 demo: setup images build ## A slice with a running sliver that you can ssh into (KEEP=1 leaves it up)
 	@scripts/with-images target/release/mandoline demo $(if $(KEEP),--keep)
 
-test: setup check deny unit fuzz-short images build image-tests lab-tests ## Everything that proves that it works
+test: setup check deny unit fuzz-short images test-images build image-tests lab-tests ## Everything that proves that it works
 	@printf '\nall tests passed\n'
 
 bench: setup images build ## Benchmarks in a lab node: make bench BENCH=boot
@@ -38,10 +38,13 @@ build: ## The programs, optimised
 	@$(STEP) "programs" cargo build --release --workspace --exclude mandoline-vmm
 	@$(STEP) "monitor" scripts/build-monitor
 
-images: ## Sliver kernels, sliver root image, node image (cached)
+images: ## Sliver kernel, sliver root image, node image (cached)
 	@$(STEP) "sliver kernel (the first build takes about five minutes)" $(KERNEL) up >/dev/null
 	@$(STEP) "sliver root image" $(ROOT) >/dev/null
 	@$(STEP) "node image" $(NODE) >/dev/null
+
+test-images: ## Kernels that only tests and benchmarks start: flavour smp, Debian's cloud kernel (cached)
+	@$(STEP) "sliver kernel smp (the first build takes about six minutes)" $(KERNEL) smp >/dev/null
 	@$(STEP) "Debian's kernel for slivers" $(CLOUD) >/dev/null
 
 check: ## Formatting and lints
