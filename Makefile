@@ -66,7 +66,7 @@ image-tests: ## Do the images keep their promises?
 	@$(STEP) "cloud kernel tests" guest-image/cloud-kernel/test
 
 lab-tests: ## Real slivers in a lab node
-	@$(STEP) "lab tests" scripts/with-images cargo test --release -p mandoline-lab -- --ignored --test-threads=1
+	@$(STEP) "lab tests" scripts/with-images scripts/lab-tests
 	@$(STEP) "first light, over PLCAPI" scripts/with-images python3 tests/e2e/test_first_light.py
 
 doctor: ## What is missing on this machine, and how to get it
