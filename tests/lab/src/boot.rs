@@ -215,16 +215,20 @@ pub(crate) fn free_port() -> Result<u16> {
 
 /// With the last lines of the console, and what QEMU said.
 pub(crate) fn boot_error(name: &str, dir: &Path, why: String) -> LabError {
+    LabError::Boot {
+        name: name.into(),
+        why,
+        console: console_tail(dir),
+    }
+}
+
+/// The last lines of the console of the node in `dir`, and what QEMU said.
+pub(crate) fn console_tail(dir: &Path) -> String {
     let console = std::fs::read(dir.join("console.log")).unwrap_or_default();
     let qemu = std::fs::read_to_string(dir.join("qemu.log")).unwrap_or_default();
     let text = format!("{}{qemu}", String::from_utf8_lossy(&console));
     let lines: Vec<_> = text.lines().collect();
-    let tail = lines[lines.len().saturating_sub(25)..].join("\n");
-    LabError::Boot {
-        name: name.into(),
-        why,
-        console: tail,
-    }
+    lines[lines.len().saturating_sub(25)..].join("\n")
 }
 
 /// True when QEMU answers, false when it has ended.

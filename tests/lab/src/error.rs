@@ -89,6 +89,20 @@ pub enum LabError {
         /// What ssh said.
         why: String,
     },
+    /// A command on a node did not end in its time: the node or the command hangs.
+    #[error(
+        "on node {name}, `{command}` did not end in {seconds} s\n--- the last lines of the console ---\n{console}"
+    )]
+    Hangs {
+        /// Which node.
+        name: String,
+        /// What was run.
+        command: String,
+        /// How long it was waited for.
+        seconds: u64,
+        /// The end of its console, and of what QEMU said.
+        console: String,
+    },
     /// A command on a node failed.
     #[error("on node {name}, `{command}` ended with {status}\n{stderr}")]
     Command {

@@ -1,6 +1,6 @@
 //! A running node: how it is talked to and taken down.
 
-use crate::boot::{boot_error, free_port, wait_for_sshd};
+use crate::boot::{boot_error, console_tail, free_port, wait_for_sshd};
 use crate::hub::Link;
 use crate::process::Child;
 use crate::qmp::Qmp;
@@ -12,6 +12,9 @@ use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+
+/// How long a command may take. A node can hang as a whole, and then nothing but this ends the wait.
+const COMMAND_LIMIT: Duration = Duration::from_secs(300);
 
 /// What others need to use a running node; kept in its directory as `node.json`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -86,19 +89,21 @@ impl Node {
         self.qemu.id()
     }
 
-    /// Runs a command and collects what it writes.
+    /// Runs a command and collects what it writes. It has five minutes.
     pub fn exec(&self, argv: &[&str]) -> Result<Output> {
         self.exec_with_input(argv, &[])
     }
 
     /// The same, with something on its stdin.
     pub fn exec_with_input(&self, argv: &[&str], input: &[u8]) -> Result<Output> {
-        let (status, stdout, stderr) = self.target.run(argv, input)?;
-        Ok(Output {
-            status,
-            stdout,
-            stderr,
-        })
+        self.target
+            .run(argv, input, COMMAND_LIMIT)?
+            .ok_or_else(|| LabError::Hangs {
+                name: self.info.name.clone(),
+                command: argv.join(" "),
+                seconds: COMMAND_LIMIT.as_secs(),
+                console: console_tail(&self.info.dir),
+            })
     }
 
     /// Runs a shell script and gives what it wrote; a status other than 0 is an error.

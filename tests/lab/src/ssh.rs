@@ -1,10 +1,12 @@
 //! Commands on a node, through one ssh connection that stays open: a further command costs no key exchange.
 
+use crate::node::Output;
 use crate::process::Child;
 use crate::{LabError, Result};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 /// How to reach a node's sshd.
@@ -139,8 +141,8 @@ impl Target {
         c
     }
 
-    /// Runs `argv` with `input` on its stdin.
-    pub(crate) fn run(&self, argv: &[&str], input: &[u8]) -> Result<(i32, Vec<u8>, Vec<u8>)> {
+    /// Runs `argv` with `input` on its stdin; none if it has not ended within `limit`.
+    pub(crate) fn run(&self, argv: &[&str], input: &[u8], limit: Duration) -> Result<Option<Output>> {
         let mut c = self.command(argv);
         c.stdin(if input.is_empty() {
             Stdio::null()
@@ -149,21 +151,33 @@ impl Target {
         });
         c.stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = c.spawn().map_err(no_ssh)?;
-        let output = std::thread::scope(|scope| {
-            if let Some(mut stdin) = child.stdin.take() {
-                // A command that does not read all of its input is its own affair.
-                scope.spawn(move || stdin.write_all(input));
+        if let Some(mut stdin) = child.stdin.take() {
+            let input = input.to_owned();
+            // A command that does not read all of its input is its own affair.
+            std::thread::spawn(move || stdin.write_all(&input));
+        }
+        let (id, (done, output)) = (child.id(), channel());
+        std::thread::spawn(move || done.send(child.wait_with_output()));
+        let Ok(output) = output.recv_timeout(limit) else {
+            // The thread still waits for it, so the number is still its own. The thread is left behind: the streams may be
+            // held open by the master connection for as long as the node hangs.
+            if let Some(pid) = rustix::process::Pid::from_raw(id.cast_signed()) {
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
             }
-            child.wait_with_output()
-        })
-        .map_err(no_ssh)?;
+            return Ok(None);
+        };
+        let output = output.map_err(no_ssh)?;
         match output.status.code() {
             // 255 is ssh's own way to fail, though a command may use it too: then the connection still stands.
             Some(255) if !self.alive() => Err(LabError::Lost {
                 name: self.name.clone(),
                 why: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
             }),
-            Some(code) => Ok((code, output.stdout, output.stderr)),
+            Some(status) => Ok(Some(Output {
+                status,
+                stdout: output.stdout,
+                stderr: output.stderr,
+            })),
             None => Err(LabError::Lost {
                 name: self.name.clone(),
                 why: output.status.to_string(),
