@@ -2,7 +2,7 @@
 //! authority's checks come.
 
 /// Version of [`ATTRIBUTES`], which nodes announce. It grows when an attribute is added or changes its meaning.
-pub const ATTRIBUTE_TABLE_VERSION: u32 = 1;
+pub const ATTRIBUTE_TABLE_VERSION: u32 = 2;
 
 /// How an attribute behaves when a pool is split.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -371,6 +371,15 @@ pub static ATTRIBUTES: &[Attribute] = &[
         Setter::User,
         "guest agent and the node's sshd",
         "Public keys that may log in; the authority gives those of the slice's users.",
+    ),
+    row(
+        "delegations",
+        Kind::Label,
+        Type::Text(256),
+        None,
+        Setter::User,
+        "node manager",
+        "Slices, separated by commas, that may start, stop and make this one on the node as if they were it.",
     ),
 ];
 

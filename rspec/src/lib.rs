@@ -1,4 +1,4 @@
-//! rspecs and their arithmetic, names, rcaps: the vocabulary of Mandoline.
+//! rspecs and their arithmetic, names, rcaps, loans: the vocabulary of Mandoline.
 //!
 //! No I/O and no async: everything here is data and arithmetic, so that the node manager, the authority
 //! and the command line agree on what an rspec means by sharing this code.
@@ -7,9 +7,12 @@
 
 mod attributes;
 mod error;
+mod loan;
 mod name;
+mod page;
 mod pool;
 mod ports;
+mod profile;
 mod rcap;
 mod rspec;
 mod shares;
@@ -20,8 +23,11 @@ pub use attributes::{
     ATTRIBUTE_TABLE_VERSION, ATTRIBUTES, Attribute, Kind, Setter, Type, attribute, attribute_names,
 };
 pub use error::{NameError, RcapError, RspecError};
+pub use loan::{Loan, LoanResource, Unlent, with_loans};
 pub use name::{AuthorityName, LOCAL_NAMES, LOGIN_BASE_MAX, SLICE_NAME_MAX, SliceId, SliceName};
+pub use page::attributes_page;
 pub use ports::{PortRange, PortSet, Protocol};
+pub use profile::{MANDOLINE, PROFILES, Profile};
 pub use rcap::Rcap;
 pub use rspec::Rspec;
 pub use shares::{CPU_SHARES, Guarantees};

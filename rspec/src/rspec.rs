@@ -7,6 +7,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value as Json};
 
 use crate::attributes::{ATTRIBUTES, Kind, attribute, attribute_names};
+use crate::profile::{MANDOLINE, Profile};
 use crate::{PortSet, RspecError, Value};
 
 /// What a pool or a sliver may use: a set of typed (attribute, value) pairs.
@@ -148,22 +149,23 @@ impl Rspec {
         self.values.is_empty()
     }
 
-    /// With the table's defaults for every limit, weight, reservation and switch that is not named, none of
+    /// With the table's defaults; see [`Rspec::with_profile`].
+    pub fn with_defaults(self, bounds: &Rspec) -> Self {
+        self.with_profile(&MANDOLINE, bounds)
+    }
+
+    /// With a profile's defaults for every limit, weight, reservation and switch that is not named, none of
     /// them above `bounds` (a pool that allows only 128 MiB makes slivers of 128 MiB, not none).
-    pub fn with_defaults(mut self, bounds: &Rspec) -> Self {
+    pub fn with_profile(mut self, profile: &Profile, bounds: &Rspec) -> Self {
         for attribute in ATTRIBUTES {
             if self.values.contains_key(attribute.name) {
                 continue;
             }
-            let Some(default) = attribute.default else {
+            let Some(value) = profile.value(attribute) else {
                 // No default: the pool's bound, where it has one.
                 if let (Kind::Limit, Some(bound)) = (attribute.kind, bounds.get(attribute.name)) {
                     self.put(attribute.name, bound.clone());
                 }
-                continue;
-            };
-            let json = serde_json::from_str(default).unwrap_or_else(|_| Json::from(default));
-            let Ok(value) = Value::parse(attribute, &json) else {
                 continue;
             };
             let value = match (attribute.kind, &value, bounds.number(attribute.name)) {
@@ -175,6 +177,40 @@ impl Rspec {
             self.put(attribute.name, value);
         }
         self
+    }
+
+    /// Checks what only shows when all attributes of a sliver are seen together: nothing is reserved beyond
+    /// its limit, and a cap leaves something to run on.
+    pub fn check_sliver(&self) -> Result<(), RspecError> {
+        for (reserved, limit) in [
+            ("mem_reserve", "mem_limit"),
+            ("disk_reserve", "disk_quota"),
+            ("base_rate", "burst_rate"),
+        ] {
+            let (Some(row), Some(value), Some(bound)) =
+                (attribute(reserved), self.number(reserved), self.number(limit))
+            else {
+                continue;
+            };
+            if value > bound {
+                let bound = Value::Number(bound).display(row);
+                return Err(RspecError::Invalid {
+                    attribute: reserved.to_owned(),
+                    value: Value::Number(value).display(row),
+                    problem: "more than the sliver's own limit",
+                    allowed: format!("at most {bound}, its {limit}"),
+                });
+            }
+        }
+        if self.flag("cpu_capped") && self.number("cpu_guarantee").unwrap_or(0) == 0 {
+            return Err(RspecError::Invalid {
+                attribute: "cpu_capped".to_owned(),
+                value: "true".to_owned(),
+                problem: "a cap at a cpu_guarantee of 0: the sliver could never run",
+                allowed: "true with a cpu_guarantee of at least 1".to_owned(),
+            });
+        }
+        Ok(())
     }
 
     /// What binds this rspec when `outer` binds it too: the smaller of each limit and weight, the inner
@@ -334,5 +370,41 @@ mod tests {
         assert_eq!(sliver.number("disk_quota"), Some(5_000_000_000));
         assert_eq!(sliver.number("cpu_share"), Some(1));
         assert_eq!(sliver.vm_type(), None);
+    }
+
+    #[test]
+    fn nothing_is_reserved_beyond_its_limit() {
+        for (json, attribute, allowed) in [
+            (
+                json!({"mem_reserve": "1 GiB"}),
+                "mem_reserve",
+                "at most 256 MiB, its mem_limit",
+            ),
+            (
+                json!({"disk_reserve": "6 GB"}),
+                "disk_reserve",
+                "at most 5 GB, its disk_quota",
+            ),
+            (
+                json!({"base_rate": "2 Mbit/s", "burst_rate": "1 Mbit/s"}),
+                "base_rate",
+                "at most 1 Mbit/s, its burst_rate",
+            ),
+            (
+                json!({"cpu_capped": true}),
+                "cpu_capped",
+                "true with a cpu_guarantee of at least 1",
+            ),
+        ] {
+            let sliver = Rspec::from_json(&json).unwrap().with_defaults(&Rspec::new());
+            let error = sliver.check_sliver().unwrap_err();
+            assert_eq!(
+                (error.attribute(), error.allowed()),
+                (Some(attribute), Some(allowed))
+            );
+        }
+        let capped = json!({"cpu_capped": true, "cpu_guarantee": 10});
+        let capped = Rspec::from_json(&capped).unwrap().with_defaults(&Rspec::new());
+        capped.check_sliver().unwrap();
     }
 }
