@@ -42,6 +42,7 @@ images: ## Sliver kernel, sliver root image, node image (cached)
 	@$(STEP) "sliver kernel (the first build takes about five minutes)" $(KERNEL) up >/dev/null
 	@$(STEP) "sliver root image" $(ROOT) >/dev/null
 	@$(STEP) "node image" $(NODE) >/dev/null
+	@$(STEP) "QEMU for lab nodes" guest-image/node/qemu >/dev/null
 
 test-images: ## Kernels that only tests and benchmarks start: flavour smp, Debian's cloud kernel (cached)
 	@$(STEP) "sliver kernel smp (the first build takes about six minutes)" $(KERNEL) smp >/dev/null

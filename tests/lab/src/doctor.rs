@@ -64,7 +64,7 @@ pub fn examine() -> Result<Report> {
             )
         })
         .collect();
-    let qemu_version = Command::new("qemu-system-x86_64")
+    let qemu_version = Command::new(crate::qemu::program())
         .arg("--version")
         .output()
         .ok()

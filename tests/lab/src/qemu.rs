@@ -16,6 +16,13 @@ pub(crate) fn joint_mac(n: u8) -> String {
     format!("52:54:00:4d:01:{n:02x}")
 }
 
+/// The QEMU that nodes run on: `MANDOLINE_QEMU` (see guest-image/node/qemu), else the installed one.
+pub(crate) fn program() -> OsString {
+    std::env::var_os("MANDOLINE_QEMU")
+        .filter(|program| !program.is_empty())
+        .unwrap_or_else(|| "qemu-system-x86_64".into())
+}
+
 /// What goes into the machine.
 pub(crate) struct Machine<'a> {
     pub(crate) accel: Accel,
@@ -50,7 +57,7 @@ fn with(prefix: &str, path: &Path, suffix: &str) -> OsString {
 impl Machine<'_> {
     /// The whole command.
     pub(crate) fn command(&self) -> Command {
-        let mut c = Command::new("qemu-system-x86_64");
+        let mut c = Command::new(program());
         // `kvm` machines keep the whole CPU. Emulated ones: la57 off, since a fifth level of page tables makes every
         // nested walk longer; pku off, since its XSAVE leaf is inconsistent there and slivers' kernels warn at length.
         let (accel, cpu) = match self.accel {

@@ -13,10 +13,10 @@ type Tested = Result<(), Box<dyn std::error::Error>>;
 const IMAGES: &str = "/usr/share/mandoline/images";
 
 /// Starts the guest of directory $1, with $2 for what a reboot does, gives it the line of `commands.N` at its Nth prompt, waits
-/// for its end: two minutes at most, then the status is that of a SIGKILL.
+/// for its end: 200 s at most, then the status is that of a SIGKILL.
 const RUN: &str = r#"
 cd "/run/kernels/$1" && rm -f in && mkfifo in && : >out || exit 1
-timeout -k 1 -s KILL 120 \
+timeout -k 1 -s KILL 200 \
     /usr/lib/mandoline/bin/mandoline-vmm vm --id "$1" --no-api --config-file config.json --state-file state --log log \
     --on-reboot "$2" --jail-uid 60000 --jail-gid 60000 <in >out 2>>log &
 monitor=$!
