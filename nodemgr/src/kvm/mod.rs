@@ -365,7 +365,7 @@ impl VmType for Kvm {
             let cgroup = self.places.cgroup(sliver.vm_id);
             blocking(move || limits.apply_live(&cgroup)).await?;
             self.network
-                .set_rate(sliver.index, values::bandwidth(&sliver.rspec)?)
+                .set_bandwidth(sliver.index, values::bandwidth(&sliver.rspec)?)
                 .await
                 .map_err(|e| Failure::retryable(e.to_string()))?;
             let request = Request::SetKeys {

@@ -6,15 +6,17 @@ use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 use std::process::{Command, Stdio};
 
+use mandoline_limits::Rate;
 use mandoline_limits::netlink::link::{self, Link, LinkChange};
 use mandoline_limits::netlink::nft::{Element, Step, device_of_field};
 use mandoline_limits::netlink::{Connection, Request};
-use mandoline_limits::shaper::{Bandwidth, SLOTS, Tree, TreeConfig};
+use mandoline_limits::shaper::{Bandwidth, PacketRate, SLOTS, Tree, TreeConfig};
 use mandoline_limits::sysctl;
 use mandoline_limits::tap::{self, TapOptions};
 
 use super::plan::{Plan, SliverNet, index_of_tap, tap_name};
 use super::ruleset::{self, Owner, Set};
+use super::shaping::{self, Shaping};
 use super::{Installed, NetError, NetworkConfig, NodeCounters, Reconciled, SliverCounters};
 
 type Result<T> = std::result::Result<T, NetError>;
@@ -25,7 +27,7 @@ pub struct Core {
     plan: Plan,
     node_address: Ipv4Addr,
     mtu: u32,
-    tree: Tree,
+    shaping: Shaping,
     route: Connection,
     filter: Connection,
 }
@@ -37,7 +39,11 @@ impl Core {
         let mut route = Connection::route()?;
         let (uplinks, node_address) = outside(&mut route, &config)?;
 
-        let tree = Tree::ensure(&mut route, TreeConfig::new(&config.shaper, config.node_rate)?)?;
+        let tree = TreeConfig {
+            alarms: Some(PacketRate::per_second(config.alarms)?),
+            ..TreeConfig::new(&config.shaper, config.node_rate)?
+        };
+        let tree = Tree::ensure(&mut route, tree)?;
         // The gateway's address stands on the IFB: the node answers for it on every tap.
         route.execute(&[link::add_address(tree.link, plan.gateway(), 32)])?;
         load(&config, &ruleset::text(&plan, &config.shaper, &uplinks)?)?;
@@ -58,7 +64,7 @@ impl Core {
             plan,
             node_address,
             mtu: config.mtu,
-            tree,
+            shaping: Shaping::new(tree),
             route,
             filter,
         })
@@ -67,13 +73,13 @@ impl Core {
     /// Makes a sliver's tap and lets it through.
     pub fn add_sliver(&mut self, sliver: &SliverNet) -> Result<OwnedFd> {
         // Everything that can be refused is, before anything is made.
-        let class = self.tree.set(sliver.index, &sliver.bandwidth)?;
+        shaping::check(&sliver.bandwidth)?;
         let changes = self.additions(sliver)?;
         let tap = tap::open(&TapOptions {
             name: sliver.tap.clone(),
             ..Default::default()
         })?;
-        let made = self.wire(sliver, class, &changes);
+        let made = self.wire(sliver, &changes);
         if let Err(error) = made {
             // The tap goes when its descriptor is dropped here; its chain must go first.
             if let Err(second) = self.remove_sliver(sliver.index, sliver.mark) {
@@ -84,12 +90,12 @@ impl Core {
         Ok(tap)
     }
 
-    fn wire(&mut self, sliver: &SliverNet, class: [Request; 2], changes: &[Request]) -> Result<()> {
+    fn wire(&mut self, sliver: &SliverNet, changes: &[Request]) -> Result<()> {
+        let mut requests = self.shaping.set(sliver.index, sliver.bandwidth)?;
         let device = self.route.require_link(&sliver.tap)?;
         // Before it is up, or the node would greet its routers on it.
         sysctl::set_if_there(&format!("ipv6/conf/{}/disable_ipv6", sliver.tap), "1")?;
         self.filter.commit(changes)?;
-        let mut requests = Vec::from(class);
         requests.extend(self.link_requests(sliver, device.index));
         Ok(self.route.execute(&requests)?)
     }
@@ -109,8 +115,7 @@ impl Core {
 
     /// Changes of the packet filter that let a sliver through.
     fn additions(&self, sliver: &SliverNet) -> Result<Vec<Request>> {
-        let class = Tree::priority(sliver.index)?;
-        let elements = ruleset::elements(sliver, self.node_address, class);
+        let elements = ruleset::elements(sliver, self.node_address)?;
         let mut changes: Vec<_> = elements
             .iter()
             .map(|(set, key, data)| set.add(key, data.as_deref()))
@@ -130,20 +135,28 @@ impl Core {
         let tables = self.read_tables()?;
         self.filter
             .commit(&tables.removals(&tap, tables.address_of(&tap)))?;
-        self.route.execute(&[self.tree.remove(index)?])?;
+        let requests = self.shaping.remove(index)?;
+        self.route.execute(&requests)?;
         // An address is used again: nobody shall inherit flows.
         Ok(self.filter.end_flows(mark)?)
     }
 
     /// Changes what a sliver may send.
-    pub fn set_rate(&mut self, index: u16, bandwidth: &Bandwidth) -> Result<()> {
-        if !self.tree.slots(&mut self.route)?.contains_key(&index) {
+    pub fn set_bandwidth(&mut self, index: u16, bandwidth: &Bandwidth) -> Result<()> {
+        if !self.shaping.has(index) {
             return Err(mandoline_limits::Error::NotFound {
                 what: format!("the HTB class of sliver {index}"),
             }
             .into());
         }
-        Ok(self.route.execute(&self.tree.set(index, bandwidth)?)?)
+        let requests = self.shaping.set(index, *bandwidth)?;
+        Ok(self.route.execute(&requests)?)
+    }
+
+    /// Changes what all slivers together may send.
+    pub fn set_node_rate(&mut self, rate: Rate) -> Result<()> {
+        let requests = self.shaping.set_rate(rate)?;
+        Ok(self.route.execute(&requests)?)
     }
 
     /// What is in the kernel's tables.
@@ -152,8 +165,8 @@ impl Core {
         let routes = self.route.host_routes()?;
         let links = self.taps()?;
         let mut found: BTreeMap<u16, Installed> = BTreeMap::new();
-        for (index, class) in self.tree.slots(&mut self.route)? {
-            found.entry(index).or_default().class = Some(class.parameters);
+        for (index, slot) in self.shaping.slots(&mut self.route)? {
+            found.entry(index).or_default().class = Some(slot.class.parameters);
         }
         for (index, device) in &links {
             let one = found.entry(*index).or_default();
@@ -187,20 +200,18 @@ impl Core {
         let tables = self.read_tables()?;
         let links = self.taps()?;
         let routes: BTreeSet<_> = self.route.host_routes()?.into_iter().collect();
-        let classes = self.tree.slots(&mut self.route)?;
+        let classes = self.shaping.slots(&mut self.route)?;
         let alive: BTreeMap<u16, &SliverNet> = recorded
             .iter()
             .filter(|s| links.contains_key(&s.index))
             .map(|s| (s.index, s))
             .collect();
+        self.shaping
+            .know(alive.values().map(|s| (s.index, s.bandwidth)))?;
 
-        let mut wanted: BTreeSet<(Set, Vec<u8>, Option<Vec<u8>>)> = BTreeSet::new();
+        let mut wanted: BTreeSet<ruleset::Entry> = BTreeSet::new();
         for sliver in alive.values() {
-            wanted.extend(ruleset::elements(
-                sliver,
-                self.node_address,
-                Tree::priority(sliver.index)?,
-            ));
+            wanted.extend(ruleset::elements(sliver, self.node_address)?);
         }
         let there: BTreeSet<_> = tables
             .all()
@@ -235,18 +246,16 @@ impl Core {
         let (mut silenced, mut requests) = (Vec::new(), Vec::new());
         for (index, sliver) in &alive {
             let device = &links[index];
-            let class = self.tree.config.parameters(&sliver.bandwidth)?;
-            let shaped = classes
-                .get(index)
-                .is_some_and(|c| same_class(&c.parameters, &class));
+            let class = self.shaping.wanted(*index)?;
+            let shaped = class.is_some_and(|class| classes.get(index).is_some_and(|slot| slot.is(&class)));
             let linked = device.up && routes.contains(&(sliver.address, device.index));
             if !shaped {
-                requests.extend(self.tree.set(*index, &sliver.bandwidth)?);
+                requests.extend(self.shaping.again(*index)?);
             }
             if !linked {
                 requests.extend(self.link_requests(sliver, device.index));
             }
-            let elements = ruleset::elements(sliver, self.node_address, Tree::priority(*index)?);
+            let elements = ruleset::elements(sliver, self.node_address)?;
             let whole = elements.iter().all(|e| there.contains(e)) && !unchained(sliver);
             if shaped && linked && whole {
                 report.intact.push(*index)
@@ -258,7 +267,7 @@ impl Core {
         gone.extend(tables.taps().filter_map(|tap| index_of_tap(&tap)));
         gone.extend(recorded.iter().map(|s| s.index));
         for index in gone.into_iter().filter(|index| !alive.contains_key(index)) {
-            requests.push(self.tree.remove(index)?);
+            requests.extend(self.shaping.remove(index)?);
             // Some process may hold the tap still, though nobody should.
             silenced.extend(links.get(&index).map(mute));
             let known = recorded.iter().any(|s| s.index == index);
@@ -281,8 +290,10 @@ impl Core {
     pub fn counters(&mut self) -> Result<BTreeMap<u16, SliverCounters>> {
         let tables = self.read_tables()?;
         let mut counters: BTreeMap<u16, SliverCounters> = BTreeMap::new();
-        for (index, class) in self.tree.slots(&mut self.route)? {
-            counters.entry(index).or_default().sent = class.stats;
+        for (index, slot) in self.shaping.slots(&mut self.route)? {
+            let one = counters.entry(index).or_default();
+            one.sent = slot.stats();
+            one.alarms = slot.alarms.map(|class| class.stats).unwrap_or_default();
         }
         let index_of_address: BTreeMap<Ipv4Addr, u16> = tables
             .of(Set::Sources)
@@ -313,7 +324,7 @@ impl Core {
         drops.extend(self.filter.named_counters(&ruleset::packets())?);
         Ok(NodeCounters {
             drops,
-            strays: self.tree.strays(&mut self.route)?,
+            strays: self.shaping.strays(&mut self.route)?,
         })
     }
 
@@ -405,17 +416,6 @@ fn address_of_source(element: &Element) -> Option<Ipv4Addr> {
     // ifname (16), Ethernet address (6, padded to 8), IPv4 address
     let octets: [u8; 4] = element.key.get(24..28)?.try_into().ok()?;
     Some(octets.into())
-}
-
-/// Whether the kernel's class is the wanted one, but for the rounding of bytes and ticks.
-fn same_class(
-    is: &mandoline_limits::netlink::tc::ClassParameters,
-    want: &mandoline_limits::netlink::tc::ClassParameters,
-) -> bool {
-    let bytes = |c: &mandoline_limits::netlink::tc::ClassParameters| {
-        (c.rate.bytes_per_second(), c.ceil.bytes_per_second(), c.quantum)
-    };
-    bytes(is) == bytes(want)
 }
 
 /// The links to the outside and the address that slivers' flows get there.

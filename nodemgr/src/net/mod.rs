@@ -17,6 +17,7 @@
 mod core;
 mod plan;
 mod ruleset;
+mod shaping;
 #[cfg(test)]
 mod tests;
 
@@ -45,6 +46,9 @@ pub struct NetworkConfig {
     pub ports: u16,
     /// What all slivers together may send.
     pub node_rate: Rate,
+    /// Packets a second that one sliver may send of those that alarm the world: ICMP, and packets
+    /// with IP options.
+    pub alarms: u16,
     /// Links to the outside; empty = the one of the default route.
     pub uplinks: Vec<String>,
     /// The node's address for its slivers' flows; `None` = the first one of the first uplink.
@@ -65,6 +69,8 @@ impl Default for NetworkConfig {
             first_port: 20_000,
             ports: 64,
             node_rate: Rate::NODE_DEFAULT,
+            // "A small number per second" (OSDI'04 section 4.2.2): a ping and a traceroute at once.
+            alarms: 5,
             uplinks: Vec::new(),
             node_address: None,
             shaper: "mifb".to_owned(),
@@ -132,6 +138,8 @@ pub struct Installed {
 pub struct SliverCounters {
     /// Sent, through its class: bytes, packets, drops, what is waiting.
     pub sent: ClassStats,
+    /// Of these, what alarms the world: ICMP, packets with IP options.
+    pub alarms: ClassStats,
     /// Received.
     pub received: Counter,
     /// Frames dropped because their source was not the sliver's.
@@ -212,8 +220,14 @@ impl Network {
     }
 
     /// Changes what a sliver may send, at once.
-    pub async fn set_rate(&self, index: u16, bandwidth: Bandwidth) -> Result<(), NetError> {
-        self.call(move |core| core.set_rate(index, &bandwidth)).await
+    pub async fn set_bandwidth(&self, index: u16, bandwidth: Bandwidth) -> Result<(), NetError> {
+        self.call(move |core| core.set_bandwidth(index, &bandwidth)).await
+    }
+
+    /// Changes what all slivers together may send, at once. Guarantees that this rate cannot keep
+    /// are kept in proportion.
+    pub async fn set_node_rate(&self, rate: Rate) -> Result<(), NetError> {
+        self.call(move |core| core.set_node_rate(rate)).await
     }
 
     /// What is in the kernel's tables, by sliver index.

@@ -13,6 +13,7 @@ use std::net::Ipv4Addr;
 
 use mandoline_limits::netlink::Request;
 use mandoline_limits::netlink::nft::{Element, Family, Table, device_field, device_of_field, field};
+use mandoline_limits::shaper::Tree;
 
 use super::NetError;
 use super::plan::{Plan, SliverNet, TAP_PREFIX};
@@ -27,8 +28,10 @@ pub(super) enum Set {
     Sources,
     /// tap: counts what was not in `Sources`.
     Spoofed,
-    /// tap → class handle.
+    /// tap → handle of the class for ordinary traffic.
     Classes,
+    /// tap → handle of the class for what alarms the world.
+    Alarms,
     /// tap → connection mark.
     Marks,
     /// address → node's address and port block.
@@ -38,10 +41,11 @@ pub(super) enum Set {
 }
 
 impl Set {
-    pub(super) const ALL: [Set; 6] = [
+    pub(super) const ALL: [Set; 7] = [
         Set::Sources,
         Set::Spoofed,
         Set::Classes,
+        Set::Alarms,
         Set::Marks,
         Set::Ports,
         Set::Received,
@@ -52,6 +56,7 @@ impl Set {
             Set::Sources => "sources",
             Set::Spoofed => "spoofed",
             Set::Classes => "classes",
+            Set::Alarms => "alarms",
             Set::Marks => "marks",
             Set::Ports => "ports",
             Set::Received => "received",
@@ -60,7 +65,7 @@ impl Set {
 
     pub(super) fn table(self) -> Table {
         match self {
-            Set::Sources | Set::Spoofed | Set::Classes => frames(),
+            Set::Sources | Set::Spoofed | Set::Classes | Set::Alarms => frames(),
             Set::Marks | Set::Ports | Set::Received => packets(),
         }
     }
@@ -102,26 +107,31 @@ pub(super) fn packets() -> Table {
     Table::new(Family::Inet, TABLE)
 }
 
+/// An element of a set: key, and data where it is a map.
+pub(super) type Entry = (Set, Vec<u8>, Option<Vec<u8>>);
+
 /// The elements that make a sliver.
-pub(super) fn elements(
-    sliver: &SliverNet,
-    node: Ipv4Addr,
-    class: u32,
-) -> Vec<(Set, Vec<u8>, Option<Vec<u8>>)> {
+pub(super) fn elements(sliver: &SliverNet, node: Ipv4Addr) -> Result<Vec<Entry>, NetError> {
+    let handle = |class: u32| Some(class.to_ne_bytes().to_vec());
     let tap = device_field(&sliver.tap);
     let address = sliver.address.octets().to_vec();
     let source = [tap.clone(), field(&sliver.mac), address.clone()].concat();
     // An interval: lowest address and port, highest address and port; ports in network order.
     let bound = |port: &u16| [node.octets().to_vec(), field(&port.to_be_bytes())].concat();
     let ports = [bound(sliver.ports.start()), bound(sliver.ports.end())].concat();
-    vec![
+    Ok(vec![
         (Set::Sources, source, None),
         (Set::Spoofed, tap.clone(), None),
-        (Set::Classes, tap.clone(), Some(class.to_ne_bytes().to_vec())),
+        (Set::Classes, tap.clone(), handle(Tree::priority(sliver.index)?)),
+        (
+            Set::Alarms,
+            tap.clone(),
+            handle(Tree::alarm_priority(sliver.index)?),
+        ),
         (Set::Marks, tap, Some(sliver.mark.to_ne_bytes().to_vec())),
         (Set::Ports, address.clone(), Some(ports)),
         (Set::Received, address, None),
-    ]
+    ])
 }
 
 /// The ruleset. It may be loaded over itself: rules are replaced in one transaction, sets keep
@@ -157,6 +167,7 @@ table netdev {TABLE} {{
   set sources {{ type ifname . ether_addr . ipv4_addr; }}
   set spoofed {{ type ifname; counter; }}
   map classes {{ type ifname : classid; }}
+  map alarms {{ type ifname : classid; }}
   counter other_frames {{ }}
   counter unknown_tap {{ }}
 
@@ -170,6 +181,9 @@ table netdev {TABLE} {{
   }}
   chain shape {{
     meta priority set iifname map @classes
+    # What alarms the world: a few a second.
+    ip protocol icmp meta priority set iifname map @alarms
+    ip hdrlength > 5 meta priority set iifname map @alarms
     fwd to "{shaper}"
   }}
 }}

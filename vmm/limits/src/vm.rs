@@ -21,6 +21,7 @@ use rustix::fs::{FlockOperation, flock};
 use crate::cgroup::{Cgroup, CpuMax, CpuShare, KILL_TIMEOUT, MemoryLimits};
 use crate::error::{Error, Result};
 use crate::netlink::nft::{Family, Step, Table};
+use crate::netlink::tc::Class;
 use crate::netlink::{Connection, link};
 use crate::rate::Rate;
 use crate::shaper::{Bandwidth, SLOTS, Tree, TreeConfig};
@@ -193,7 +194,7 @@ fn shape(connection: &mut Connection, tap: &str, bandwidth: &Bandwidth) -> Resul
         table.add_rule(&shaped.chain, &steps),
     ];
     if let Err(error) = filter.commit(&changes) {
-        connection.execute(&[shaped.tree.remove(slot)?])?;
+        connection.execute(&shaped.tree.remove(slot)?)?;
         return Err(error);
     }
     Ok(shaped)
@@ -222,7 +223,7 @@ fn reap(
     }
     for slot in tree.slots(connection)?.into_keys() {
         if !used.contains(&slot) {
-            connection.execute(&[tree.remove(slot)?])?;
+            connection.execute(&tree.remove(slot)?)?;
         }
     }
     Ok(used)
@@ -251,11 +252,15 @@ impl Guard {
     }
 
     /// The HTB class of the tap as the kernel holds it now, with its counters.
-    pub fn class(&self) -> Result<Option<crate::netlink::tc::Class>> {
+    pub fn class(&self) -> Result<Option<Class>> {
         let Some(shaped) = &self.shaped else {
             return Ok(None);
         };
-        Ok(shaped.tree.slots(&mut Connection::route()?)?.remove(&shaped.slot))
+        let slot = shaped.tree.slots(&mut Connection::route()?)?.remove(&shaped.slot);
+        Ok(slot.map(|slot| Class {
+            stats: slot.stats(),
+            ..slot.class
+        }))
     }
 
     /// Changes what the VM may send, at once; a VM that had no limit gets one.
@@ -298,7 +303,7 @@ fn unshape(shaped: Shaped) -> Result<()> {
     if filter.chains(&table)?.contains(&shaped.chain) {
         filter.commit(&[table.delete_chain(&shaped.chain)])?;
     }
-    Connection::route()?.execute(&[shaped.tree.remove(shaped.slot)?])
+    Connection::route()?.execute(&shaped.tree.remove(shaped.slot)?)
 }
 
 impl Drop for Guard {

@@ -41,6 +41,9 @@ pub struct ClassParameters {
     pub cburst: u32,
     /// Weight for what is left over: bytes per turn.
     pub quantum: u32,
+    /// Every packet counts as at least so many bytes; 0 = as many as it has. As large as the
+    /// largest packet, it makes a class count packets.
+    pub mpu: u16,
 }
 
 /// Counters of an HTB class.
@@ -117,19 +120,32 @@ pub fn add_class(link: u32, parent: u16, minor: u16, parameters: &ClassParameter
     )
 }
 
-/// Gives the class `1:minor` a queue of so many bytes; one that it has is changed, and keeps what
-/// waits in it as far as that fits.
-pub fn set_queue(link: u32, minor: u16, bytes: u32) -> Request {
+/// How much may wait in a class.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Queue {
+    /// So many bytes.
+    Bytes(u32),
+    /// So many packets, of any size.
+    Packets(u32),
+}
+
+/// Gives the class `1:minor` a queue; one that it has is changed, and keeps what waits in it as
+/// far as that fits.
+pub fn set_queue(link: u32, minor: u16, queue: Queue) -> Request {
     let mut message = message(
         link,
         TcHandle::UNSPEC,
         TcHandle { major: MAJOR, minor },
         Vec::new(),
     );
+    let (kind, limit) = match queue {
+        Queue::Bytes(limit) => ("bfifo", limit),
+        Queue::Packets(limit) => ("pfifo", limit),
+    };
     // struct tc_fifo_qopt is the whole of the options, not an attribute among them.
     message.attributes = vec![
-        TcAttribute::Kind("bfifo".to_owned()),
-        TcAttribute::Other(DefaultNla::new(TCA_OPTIONS, bytes.to_ne_bytes().to_vec())),
+        TcAttribute::Kind(kind.to_owned()),
+        TcAttribute::Other(DefaultNla::new(TCA_OPTIONS, limit.to_ne_bytes().to_vec())),
     ];
     let what = format!("set the queue of HTB class {MAJOR}:{minor:x} of link {link}");
     let message = RouteNetlinkMessage::NewQueueDiscipline(message);
@@ -152,8 +168,8 @@ pub fn delete_class(link: u32, minor: u16) -> Request {
 
 fn class(link: u32, parent: u16, minor: u16, p: &ClassParameters) -> TcMessage {
     let mut opt = Vec::with_capacity(HTB_OPT_LEN);
-    opt.extend_from_slice(&rate_specification(p.rate));
-    opt.extend_from_slice(&rate_specification(p.ceil));
+    opt.extend_from_slice(&rate_specification(p.rate, p.mpu));
+    opt.extend_from_slice(&rate_specification(p.ceil, p.mpu));
     // level and prio stay 0: the kernel computes the one, and the guarantee needs no other.
     for value in [ticks(p.burst, p.rate), ticks(p.cburst, p.ceil), p.quantum, 0, 0] {
         opt.extend_from_slice(&value.to_ne_bytes());
@@ -194,9 +210,10 @@ fn message(link: u32, handle: TcHandle, parent: TcHandle, options: Vec<DefaultNl
 }
 
 /// `struct tc_ratespec`: cell_log, linklayer, overhead, cell_align, mpu, rate in bytes a second.
-fn rate_specification(rate: Rate) -> [u8; 12] {
+fn rate_specification(rate: Rate, mpu: u16) -> [u8; 12] {
     let mut spec = [0; 12];
     spec[1] = TC_LINKLAYER_ETHERNET;
+    spec[6..8].copy_from_slice(&mpu.to_ne_bytes());
     let bytes = u32::try_from(rate.bytes_per_second()).unwrap_or(u32::MAX);
     spec[8..].copy_from_slice(&bytes.to_ne_bytes());
     spec
@@ -316,6 +333,7 @@ fn read_parameters(options: &[u8]) -> Result<Option<ClassParameters>> {
         burst: bytes_of_ticks(word(24), rate),
         cburst: bytes_of_ticks(word(28), ceil),
         quantum: word(32),
+        mpu: u16::from_ne_bytes([opt[18], opt[19]]),
     }))
 }
 
@@ -368,6 +386,7 @@ mod tests {
             burst: 1600,
             cburst: 1600,
             quantum: 1514,
+            mpu: 0,
         };
         let TcAttribute::Options(options) = &class(5, 1, 2, &parameters).attributes[1] else {
             panic!("no options")
@@ -378,13 +397,14 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_asked_reads_back(
-            rate in 8u64..=10_000_000_000_000, more in 0u64..1_000_000_000, burst in 1600u32..10_000_000, quantum in 1514u32..10_000_000,
+            rate in 8u64..=10_000_000_000_000, more in 0u64..1_000_000_000, burst in 1600u32..10_000_000, quantum in 1514u32..10_000_000, mpu: u16,
         ) {
             let rate = Rate::from_bits_per_second(rate / 8 * 8).unwrap();
             let ceil = Rate::from_bits_per_second(((rate.bits_per_second() + more) / 8 * 8).min(Rate::MAX.bits_per_second())).unwrap();
             // A bucket that takes more than 274 s to fill does not fit the kernel's 32 bits of ticks.
             prop_assume!(u64::from(burst) / rate.bytes_per_second() < 200);
-            let class = echo(&ClassParameters { rate, ceil, burst, cburst: burst, quantum });
+            let class = echo(&ClassParameters { rate, ceil, burst, cburst: burst, quantum, mpu });
+            prop_assert_eq!(class.parameters.mpu, mpu);
             prop_assert_eq!((class.minor, class.parent), (0x105, 1));
             prop_assert_eq!((class.parameters.rate, class.parameters.ceil, class.parameters.quantum), (rate, ceil, quantum));
             // A bucket is rounded to ticks of 64 ns.

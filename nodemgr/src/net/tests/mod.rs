@@ -1,306 +1,14 @@
-//! The real kernel, in a network namespace of each test's own: taps that frames are written to,
-//! and a veth pair as the uplink. Needs root and the kernel's IFB, HTB and nf_tables; without
-//! them a test says so and passes.
+//! The node's network against the real kernel. What a test needs is in [`lab`].
 
 #![allow(clippy::unwrap_used)]
 
-use std::io;
-use std::os::fd::{FromRawFd, OwnedFd};
+mod lab;
+mod shaping;
 
-use mandoline_limits::Rate;
-use mandoline_limits::netlink::link::{Mac, add_address, add_neighbour, change};
-use mandoline_limits::netlink::{CREATE, EXCL};
-use rtnetlink::packet_route::RouteNetlinkMessage;
-use rtnetlink::{LinkVeth, RouteMessageBuilder};
-use rustix::event::{PollFd, PollFlags, poll};
+use mandoline_limits::netlink::Connection;
 
 use super::*;
-use mandoline_limits::netlink::link::LinkChange;
-use mandoline_limits::netlink::{Connection, Request};
-use mandoline_limits::tap::VNET_HDR_LEN;
-
-const NODE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
-const FAR: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 9);
-const UDP: u8 = 17;
-const ICMP: u8 = 1;
-/// For experiments (RFC 3692): nothing in it that NAT could tell apart.
-const PORTLESS: u8 = 253;
-
-/// Runs a test in a network namespace that ends with it.
-fn in_namespace(test: impl FnOnce(Lab) + Send + 'static) {
-    if !rustix::process::geteuid().is_root() {
-        return eprintln!("skipped: needs root for a network namespace");
-    }
-    let thread = std::thread::spawn(move || {
-        // SAFETY: unshare touches no memory; only this thread changes its network namespace.
-        if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
-            return eprintln!(
-                "skipped: no network namespaces here: {}",
-                io::Error::last_os_error()
-            );
-        }
-        if !std::path::Path::new("/usr/sbin/nft").exists() {
-            return eprintln!("skipped: needs /usr/sbin/nft (apt-get install nftables)");
-        }
-        test(Lab::new());
-    });
-    if let Err(panic) = thread.join() {
-        std::panic::resume_unwind(panic);
-    }
-}
-
-/// A node with an uplink whose far end is ours.
-struct Lab {
-    core: Core,
-    route: Connection,
-    far: OwnedFd,
-    far_mac: Mac,
-    uplink_mac: Mac,
-}
-
-fn config() -> NetworkConfig {
-    NetworkConfig::default()
-}
-
-impl Lab {
-    fn new() -> Self {
-        let mut route = Connection::route().unwrap();
-        let veth = RouteNetlinkMessage::NewLink(LinkVeth::new("up0", "up1").build());
-        route
-            .execute(&[Request::route("make the uplink", CREATE | EXCL, &veth)])
-            .unwrap();
-        let (near, far) = (
-            route.require_link("up0").unwrap(),
-            route.require_link("up1").unwrap(),
-        );
-        let up = LinkChange {
-            up: Some(true),
-            ..Default::default()
-        };
-        let far_mac = far.mac.unwrap();
-        route
-            .execute(&[
-                change(near.index, "up0", up),
-                change(far.index, "up1", up),
-                add_address(near.index, NODE, 24),
-                add_neighbour(near.index, FAR, far_mac),
-                Request::route(
-                    "set the default route",
-                    CREATE,
-                    &RouteNetlinkMessage::NewRoute(
-                        RouteMessageBuilder::<Ipv4Addr>::new().gateway(FAR).build(),
-                    ),
-                ),
-            ])
-            .unwrap();
-        let core = Core::start(config()).unwrap();
-        Self {
-            core,
-            route,
-            far: packet_socket(far.index),
-            far_mac,
-            uplink_mac: near.mac.unwrap(),
-        }
-    }
-
-    fn sliver(&self, index: u16) -> SliverNet {
-        let mbit = |n: u64| Rate::from_bits_per_second(n * 1_000_000).unwrap();
-        let bandwidth = Bandwidth {
-            guarantee: mbit(2),
-            peak: Some(mbit(20)),
-        };
-        Plan::new(config().net, 20_000, 64)
-            .unwrap()
-            .sliver(index, 0x1000 + u32::from(index), bandwidth)
-            .unwrap()
-    }
-
-    fn add(&mut self, index: u16) -> Guest {
-        let net = self.sliver(index);
-        let tap = self.core.add_sliver(&net).unwrap();
-        let gateway = self.route.require_link(&net.tap).unwrap().mac.unwrap();
-        Guest { net, tap, gateway }
-    }
-
-    /// The next IPv4 packet that leaves by the uplink.
-    fn leaves(&self) -> Packet {
-        loop {
-            if let Some(packet) = Packet::read(&receive(&self.far)).filter(|p| p.to_mac == self.far_mac) {
-                return packet;
-            }
-        }
-    }
-
-    /// Sends a packet to the node from outside.
-    fn arrives(&self, packet: Datagram) {
-        write(&self.far, &packet.frame(self.far_mac, self.uplink_mac));
-    }
-}
-
-/// A sliver's side of its tap.
-struct Guest {
-    net: SliverNet,
-    tap: OwnedFd,
-    gateway: Mac,
-}
-
-impl Guest {
-    fn send(&self, packet: Datagram) {
-        self.send_as(self.net.mac, packet);
-    }
-
-    fn send_as(&self, mac: Mac, packet: Datagram) {
-        self.send_frame(&packet.frame(mac, self.gateway));
-    }
-
-    fn send_frame(&self, frame: &[u8]) {
-        write(&self.tap, &[&[0; VNET_HDR_LEN as usize], frame].concat());
-    }
-
-    fn udp(&self, port: u16, to: Ipv4Addr) -> Datagram {
-        Datagram {
-            protocol: UDP,
-            from: self.net.address,
-            port,
-            to,
-            to_port: 9,
-        }
-    }
-
-    /// The next IPv4 packet that the sliver gets.
-    fn gets(&self) -> Packet {
-        loop {
-            if let Some(packet) = Packet::read(&receive(&self.tap)[VNET_HDR_LEN as usize..]) {
-                return packet;
-            }
-        }
-    }
-}
-
-#[derive(Clone, Copy)]
-struct Datagram {
-    protocol: u8,
-    from: Ipv4Addr,
-    port: u16,
-    to: Ipv4Addr,
-    to_port: u16,
-}
-
-impl Datagram {
-    fn frame(self, from: Mac, to: Mac) -> Vec<u8> {
-        let mut payload = match self.protocol {
-            // Echo request: type, code, checksum, identifier, sequence.
-            ICMP => [&[8, 0, 0, 0], &self.port.to_be_bytes()[..], &[0, 1], b"mandoline"].concat(),
-            // Source, destination, length, no checksum.
-            _ => [
-                &self.port.to_be_bytes()[..],
-                &self.to_port.to_be_bytes(),
-                &[0, 17, 0, 0],
-                b"mandoline",
-            ]
-            .concat(),
-        };
-        if self.protocol == ICMP {
-            let sum = checksum(&payload);
-            payload[2..4].copy_from_slice(&sum.to_be_bytes());
-        }
-        let length = (20 + payload.len()) as u16;
-        let mut header = vec![0x45, 0];
-        header.extend_from_slice(&length.to_be_bytes());
-        header.extend_from_slice(&[0, 0, 0, 0, 64, self.protocol, 0, 0]);
-        header.extend_from_slice(&self.from.octets());
-        header.extend_from_slice(&self.to.octets());
-        let sum = checksum(&header);
-        header[10..12].copy_from_slice(&sum.to_be_bytes());
-        [&to[..], &from, &[8, 0], &header, &payload].concat()
-    }
-}
-
-fn checksum(bytes: &[u8]) -> u16 {
-    let words = bytes
-        .chunks(2)
-        .map(|c| u32::from(c[0]) << 8 | u32::from(*c.get(1).unwrap_or(&0)));
-    let sum = words.sum::<u32>();
-    !((sum & 0xffff) + (sum >> 16)) as u16
-}
-
-#[derive(Debug, PartialEq)]
-struct Packet {
-    to_mac: Mac,
-    protocol: u8,
-    from: Ipv4Addr,
-    /// Source port, or the identifier of an echo.
-    port: u16,
-    to: Ipv4Addr,
-}
-
-impl Packet {
-    fn read(frame: &[u8]) -> Option<Self> {
-        if frame.get(12..14)? != [8, 0] {
-            return None;
-        }
-        let ip = &frame[14..];
-        let address = |at: usize| <[u8; 4]>::try_from(&ip[at..at + 4]).map(Ipv4Addr::from).ok();
-        let at = if ip[9] == ICMP { 24 } else { 20 };
-        Some(Self {
-            to_mac: frame[..6].try_into().ok()?,
-            protocol: ip[9],
-            from: address(12)?,
-            port: u16::from_be_bytes([ip[at], ip[at + 1]]),
-            to: address(16)?,
-        })
-    }
-}
-
-fn packet_socket(link: u32) -> OwnedFd {
-    let all = (libc::ETH_P_ALL as u16).to_be();
-    // SAFETY: socket touches no memory of ours.
-    let fd = unsafe {
-        libc::socket(
-            libc::AF_PACKET,
-            libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK,
-            i32::from(all),
-        )
-    };
-    assert!(fd >= 0, "{}", io::Error::last_os_error());
-    // SAFETY: the descriptor was just made and belongs to nobody else.
-    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-    // SAFETY: sockaddr_ll is plain old data, for which all zeroes is a valid value.
-    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
-    address.sll_family = libc::AF_PACKET as u16;
-    address.sll_protocol = all;
-    address.sll_ifindex = link as i32;
-    // SAFETY: the address is a whole sockaddr_ll that outlives the call.
-    let status = unsafe { libc::bind(fd, (&raw const address).cast(), size_of_val(&address) as u32) };
-    assert_eq!(status, 0, "{}", io::Error::last_os_error());
-    socket
-}
-
-fn write(fd: &OwnedFd, bytes: &[u8]) {
-    assert_eq!(rustix::io::write(fd, bytes).unwrap(), bytes.len());
-}
-
-/// The next frame; the timeout only ends a test that has failed.
-fn receive(fd: &OwnedFd) -> Vec<u8> {
-    let mut buffer = vec![0; 70_000];
-    let timeout = rustix::time::Timespec {
-        tv_sec: 10,
-        tv_nsec: 0,
-    };
-    assert_eq!(
-        poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&timeout)).unwrap(),
-        1,
-        "nothing came"
-    );
-    let length = rustix::io::read(fd, &mut buffer).unwrap();
-    buffer.truncate(length);
-    buffer
-}
-
-/// The tracked flows of this thread's namespace; `None` where the kernel has no such file.
-fn flows() -> Option<String> {
-    std::fs::read_to_string("/proc/thread-self/net/nf_conntrack").ok()
-}
+use lab::*;
 
 #[test]
 fn what_leaves_has_the_nodes_address_and_a_port_of_the_slivers_block() {
@@ -443,7 +151,7 @@ fn a_flood_is_held_to_the_peak_rate() {
         let guest = lab.add(0);
         let slow = Rate::from_bits_per_second(80_000).unwrap();
         lab.core
-            .set_rate(
+            .set_bandwidth(
                 0,
                 &Bandwidth {
                     guarantee: slow,
@@ -462,7 +170,7 @@ fn a_flood_is_held_to_the_peak_rate() {
         assert!(stats.drops > 2_000 && stats.overlimits > 0, "{stats:?}");
         assert!(
             lab.core
-                .set_rate(
+                .set_bandwidth(
                     5,
                     &Bandwidth {
                         guarantee: slow,
@@ -566,7 +274,7 @@ fn what_cannot_be_leaves_nothing_behind() {
                 .add_sliver(&greedy)
                 .unwrap_err()
                 .to_string()
-                .contains("100 Mbit/s")
+                .contains("20 Mbit/s")
         );
         assert_eq!(lab.core.list().unwrap().into_keys().collect::<Vec<_>>(), [0]);
         guest.send(guest.udp(1, FAR));
@@ -608,7 +316,7 @@ fn the_handle_does_what_the_thread_does() {
                     (Some(net.address), Some(net.mark))
                 );
                 network
-                    .set_rate(
+                    .set_bandwidth(
                         9,
                         Bandwidth {
                             peak: None,
