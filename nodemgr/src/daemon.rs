@@ -13,6 +13,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
 
+use crate::cgroup::Tree;
 use crate::config::{Config, ConfigError};
 use crate::core::{Core, unix_ns};
 use crate::http::{self, Channel};
@@ -145,9 +146,15 @@ pub async fn run(config: Config, stop: watch::Receiver<bool>) -> Result<(), Star
     let max_slivers = network.plan().capacity().saturating_sub(1);
     let directories = [config.state_dir.as_path(), &config.run_dir, &config.log_dir];
     let dns = name_servers(&config);
+    let tree = Arc::new(Tree::new(
+        &config.kvm.cgroup_root,
+        &config.kvm.cgroup,
+        config.host_cpu_shares,
+    ));
     let kvm = Arc::new(Kvm::new(
         config.kvm.clone(),
         network,
+        Arc::clone(&tree),
         directories,
         dns,
         config.network.mtu,
@@ -163,14 +170,16 @@ pub async fn run(config: Config, stop: watch::Receiver<bool>) -> Result<(), Star
         }
     }
     apply_script(&core, &config.owner_script);
-    kvm.reconcile_network(&core.specs()).await?;
+    let specs = core.specs();
+    tree.take_over(specs.iter().map(|spec| (spec.vm_id, &spec.rspec)));
+    kvm.reconcile_network(&specs).await?;
     for vm_id in core.recorded() {
         core.wake(vm_id, None);
     }
     let tasks = [
         tokio::spawn(keep_accounts(Arc::clone(&core), config.accounts.clone())),
         tokio::spawn(reconcile(Arc::clone(&core))),
-        tokio::spawn(tick(Arc::clone(&core), Arc::clone(&kvm))),
+        tokio::spawn(tick(Arc::clone(&core), Arc::clone(&kvm), tree)),
         tokio::spawn(async move { kvm.prepare().await }),
     ];
     tracing::info!(version = env!("CARGO_PKG_VERSION"), run_dir = %config.run_dir.display(), "ready");
@@ -279,14 +288,18 @@ pub async fn reconcile_once(core: &Arc<Core>) {
     }
 }
 
-async fn tick(core: Arc<Core>, kvm: Arc<Kvm>) {
+async fn tick(core: Arc<Core>, kvm: Arc<Kvm>, tree: Arc<Tree>) {
     let mut interval = tokio::time::interval(TICK);
     interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         interval.tick().await;
         core.expire().await;
-        let kvm = Arc::clone(&kvm);
-        let _ = tokio::task::spawn_blocking(move || kvm.bound_logs()).await;
+        let (kvm, tree) = (Arc::clone(&kvm), Arc::clone(&tree));
+        let work = move || {
+            kvm.bound_logs();
+            tree.settle();
+        };
+        let _ = tokio::task::spawn_blocking(work).await;
     }
 }
 

@@ -2,13 +2,14 @@
 //!
 //! [`daemon`] puts the node manager together. [`core`] takes operations ([`ops`], [`owner`]) and writes them
 //! down ([`state`], [`store`], [`secret`]); a [`supervisor`] for each sliver makes them real through a backend
-//! ([`vm_type`], [`kvm`]) and tells what happens ([`events`]). [`http`] is the interface, [`caller`] who may
+//! ([`vm_type`], [`kvm`], limited by [`cgroup`]) and tells what happens ([`events`]). [`http`] is the interface, [`caller`] who may
 //! use it, [`accounts`] the way in by ssh. [`net`] is the slivers' network, [`scs`] an unprivileged client.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod accounts;
 pub mod caller;
 pub mod capacity;
+pub mod cgroup;
 pub mod config;
 pub mod core;
 pub mod daemon;

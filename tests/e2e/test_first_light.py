@@ -114,7 +114,7 @@ class FirstLight(unittest.TestCase):
         self.assertEqual(self.ssh("touch /var/lib/mark && sync && cat /var/lib/mark").returncode, 0)
 
         # The limits, read back from the node's kernel.
-        cgroup = f"/sys/fs/cgroup/mandoline/slivers/{sliver['vm_id']}"
+        cgroup = f"/sys/fs/cgroup/mandoline/slivers/best-effort/{sliver['vm_id']}"
         memory = int(self.lab.exec(f"cat {cgroup}/memory.max").stdout)
         self.assertGreaterEqual(memory, 128 * MIB)
         self.assertLess(memory, 192 * MIB)
@@ -147,7 +147,7 @@ class FirstLight(unittest.TestCase):
     def test_6_a_deleted_slice_leaves_nothing_on_its_node(self):
         sliver = self.authority.rest("GET", f"/v1/slices/{SLICE}/slivers", token=self.token(USER, USER_PASSWORD))[1][0]
         self.plc.DeleteSlice(self.admin, SLICE)
-        gone = f"test ! -e /sys/fs/cgroup/mandoline/slivers/{sliver['vm_id']}"
+        gone = f"test ! -e /sys/fs/cgroup/mandoline/slivers/best-effort/{sliver['vm_id']}"
         wait_for("the sliver to go", lambda: self.lab.exec(gone, check=False).returncode == 0, 60, self.lab.process)
         left = self.lab.exec("pidof mandoline-vmm; ls /sys/class/net | grep ^mtap; ls /var/lib/mandoline/slivers", check=False)
         self.assertEqual(left.stdout.strip(), "", "no process, tap or disk is left")

@@ -113,7 +113,10 @@ pub(super) async fn read_back(node: &LabNode, sliver: &Sliver, rspec: &RspecObje
         mem_limit: number("mem_limit")?,
         burst_rate: number("burst_rate")?,
     };
-    let script = format!("dir=/sys/fs/cgroup/mandoline/slivers/{vm_id}{SCRIPT}");
+    // Slivers without a guarantee are below best-effort.
+    let script = format!(
+        "dir=$(ls -d /sys/fs/cgroup/mandoline/slivers/{vm_id} /sys/fs/cgroup/mandoline/slivers/*/{vm_id} 2>/dev/null){SCRIPT}"
+    );
     parse(&node.run(&script).await?, asked)
 }
 

@@ -71,18 +71,15 @@ pub(super) struct Places {
     pub(super) run: PathBuf,
     /// Logs and consoles.
     pub(super) logs: PathBuf,
-    /// cgroups.
-    pub(super) cgroups: PathBuf,
 }
 
 impl Places {
-    pub(super) fn new(state_dir: &Path, run_dir: &Path, log_dir: &Path, config: &KvmConfig) -> Self {
+    pub(super) fn new(state_dir: &Path, run_dir: &Path, log_dir: &Path) -> Self {
         Self {
             disks: state_dir.join("disks"),
             templates: state_dir.join("templates"),
             run: run_dir.join("slivers"),
             logs: log_dir.join("slivers"),
-            cgroups: config.cgroup_root.join(&config.cgroup),
         }
     }
 
@@ -96,10 +93,6 @@ impl Places {
 
     pub(super) fn logs(&self, vm_id: VmId) -> PathBuf {
         self.logs.join(vm_id.to_string())
-    }
-
-    pub(super) fn cgroup(&self, vm_id: VmId) -> PathBuf {
-        self.cgroups.join(vm_id.to_string())
     }
 
     /// The socket on which the sliver's vsock streams are opened inwards.

@@ -8,57 +8,22 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use mandoline_api::monitor::VmConfig;
 use mandoline_api::nodemgr::VmId;
-use mandoline_limits::cgroup::{Cgroup, CpuMax, CpuShare, MemoryLimits};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::process::{WaitId, WaitIdOptions};
 
 use super::config::{KvmConfig, Places};
 use super::monitor::{self, Handover, KEPT_FD, Launch, Passed};
 use super::{boot, disk};
+use crate::cgroup::{Limits, Tree};
 use crate::vm_type::{Failure, Reports, Stats, monotonic_ns};
 
-/// Limits of a sliver's cgroup.
-#[derive(Debug, Clone)]
-pub(super) struct Limits {
-    pub(super) cpu_share: CpuShare,
-    pub(super) cpu_max: Option<CpuMax>,
-    pub(super) memory: MemoryLimits,
-    pub(super) pids_max: u32,
-}
-
-impl Limits {
-    fn apply(&self, cgroup: &Cgroup) -> mandoline_limits::Result<()> {
-        cgroup.set_cpu_share(self.cpu_share)?;
-        cgroup.set_cpu_max(self.cpu_max)?;
-        cgroup.set_memory(&self.memory)?;
-        cgroup.set_pids_max(self.pids_max)
-    }
-
-    /// Changes what can change while the VM runs. Its memory is what it was booted with, so its bound may
-    /// grow but not shrink.
-    pub(super) fn apply_live(&self, path: &Path) -> Result<(), Failure> {
-        let limits = |e: mandoline_limits::Error| Failure::retryable(e.to_string());
-        let cgroup = Cgroup::open(path).map_err(limits)?;
-        cgroup.set_cpu_share(self.cpu_share).map_err(limits)?;
-        cgroup.set_cpu_max(self.cpu_max).map_err(limits)?;
-        let now = cgroup
-            .read("memory.max")
-            .map_err(limits)?
-            .trim()
-            .parse::<u64>()
-            .ok();
-        let max = self.memory.max.filter(|max| now.is_some_and(|now| *max > now));
-        let memory = MemoryLimits { max, ..self.memory };
-        cgroup.set_memory(&memory).map_err(limits)
-    }
-}
-
 /// Whether slivers can run here; if not, what is missing.
-pub(super) fn check(config: &KvmConfig) -> Result<(), String> {
+pub(super) fn check(config: &KvmConfig, tree: &Tree) -> Result<(), String> {
     if let Err(error) = OpenOptions::new().read(true).write(true).open("/dev/kvm") {
         return Err(format!(
             "/dev/kvm: {error}. Allowed: a machine with VT-x or AMD-V (or nested virtualisation) and the kvm \
@@ -76,13 +41,7 @@ pub(super) fn check(config: &KvmConfig) -> Result<(), String> {
             return Err(format!("{what} {}: {error}", path.display()));
         }
     }
-    if !config.cgroup_root.join("cgroup.controllers").exists() {
-        return Err(format!(
-            "no cgroup v2 is mounted on {}",
-            config.cgroup_root.display()
-        ));
-    }
-    Ok(())
+    tree.check()
 }
 
 /// All that a start needs.
@@ -93,6 +52,7 @@ pub(super) struct Start {
     pub(super) vm_id: VmId,
     pub(super) uid: u32,
     pub(super) limits: Limits,
+    pub(super) tree: Arc<Tree>,
     pub(super) tap: OwnedFd,
     pub(super) reports: Reports,
 }
@@ -102,10 +62,7 @@ impl Start {
     /// socket on which the guest's outward streams come.
     pub(super) fn run(self) -> Result<(OwnedFd, OwnedFd), Failure> {
         let vm_id = self.vm_id;
-        let name = self.config.cgroup.join(vm_id.to_string());
-        let cgroup = Cgroup::create(&self.config.cgroup_root, &name)
-            .and_then(|cgroup| self.limits.apply(&cgroup).map(|()| cgroup))
-            .map_err(|e| Failure::retryable(e.to_string()))?;
+        let cgroup = self.tree.create(vm_id, &self.limits)?;
         self.reports.phase("cgroup");
 
         let run = self.places.run(vm_id);
@@ -250,16 +207,8 @@ fn open_error(path: &Path, error: &io::Error) -> Failure {
 }
 
 /// Kills what runs of a sliver and removes cgroup and run directory. Nothing of it need be there.
-pub(super) fn clear(places: &Places, vm_id: VmId, timeout: Duration) -> Result<(), Failure> {
-    let path = places.cgroup(vm_id);
-    if path.exists() {
-        let removed = Cgroup::open(&path).and_then(|cgroup| cgroup.remove(timeout));
-        if let Err(error) = removed
-            && path.exists()
-        {
-            return Err(Failure::retryable(format!("sliver {vm_id} is not gone: {error}")));
-        }
-    }
+pub(super) fn clear(places: &Places, tree: &Tree, vm_id: VmId, timeout: Duration) -> Result<(), Failure> {
+    tree.remove(vm_id, timeout)?;
     remove_dir(&places.run(vm_id))
 }
 
@@ -310,20 +259,19 @@ pub(super) fn adopt(cgroup: &Path, handover: &Path) -> Result<Option<(OwnedFd, O
 }
 
 /// What a sliver uses.
-pub(super) fn stats(cgroup: &Path, disk: &Path) -> Result<Stats, Failure> {
-    let limits = |e: mandoline_limits::Error| Failure::retryable(e.to_string());
-    let cgroup = Cgroup::open(cgroup).map_err(limits)?;
+pub(super) fn stats(tree: &Tree, vm_id: VmId, disk: &Path) -> Result<Stats, Failure> {
+    let used = tree.used(vm_id)?.unwrap_or_default();
     Ok(Stats {
-        cpu_us: cgroup.cpu_stats().map_err(limits)?.usage_us,
-        memory: cgroup.memory_current().map_err(limits)?,
+        cpu_us: used.cpu_us,
+        memory: used.memory,
         disk: disk::allocated(disk),
     })
 }
 
 /// The ids of all slivers of which there is anything.
-pub(super) fn present(places: &Places) -> BTreeSet<VmId> {
-    let mut found = BTreeSet::new();
-    for directory in [&places.disks, &places.run, &places.logs, &places.cgroups] {
+pub(super) fn present(places: &Places, tree: &Tree) -> BTreeSet<VmId> {
+    let mut found = tree.present();
+    for directory in [&places.disks, &places.run, &places.logs] {
         let Ok(entries) = fs::read_dir(directory) else {
             continue;
         };
@@ -397,11 +345,8 @@ mod tests {
     #[test]
     fn anything_of_a_sliver_is_found() {
         let dir = tempfile::tempdir().unwrap();
-        let config = KvmConfig {
-            cgroup_root: dir.path().into(),
-            ..KvmConfig::default()
-        };
-        let places = Places::new(dir.path(), dir.path(), &dir.path().join("log"), &config);
+        let tree = Tree::new(dir.path(), Path::new("cgroups"), 0);
+        let places = Places::new(dir.path(), dir.path(), &dir.path().join("log"));
         for path in [
             places.disk(1),
             places.disk(2).with_extension("new"),
@@ -411,9 +356,9 @@ mod tests {
             fs::write(path, "").unwrap();
         }
         fs::create_dir_all(places.run(3)).unwrap();
-        fs::create_dir_all(places.cgroup(4)).unwrap();
-        assert_eq!(present(&places), BTreeSet::from([1, 2, 3, 4]));
+        fs::create_dir_all(dir.path().join("cgroups/best-effort/4")).unwrap();
+        assert_eq!(present(&places, &tree), BTreeSet::from([1, 2, 3, 4]));
         destroy(&places, 2).unwrap();
-        assert_eq!(present(&places), BTreeSet::from([1, 3, 4]));
+        assert_eq!(present(&places, &tree), BTreeSet::from([1, 3, 4]));
     }
 }

@@ -36,6 +36,7 @@ use tokio::task::JoinHandle;
 
 pub use config::KvmConfig;
 
+use crate::cgroup::Tree;
 use crate::net::{Network, SliverNet};
 use crate::vm_type::{Failure, Reports, SliverSpec, Stats, VmType, Work};
 use config::Places;
@@ -44,10 +45,12 @@ use config::Places;
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// What can be done to a VM of ours.
-const CAPABILITIES: [&str; 8] = [
+const CAPABILITIES: [&str; 10] = [
     "pause",
     "channel",
     "resize:cpu_share",
+    "resize:cpu_guarantee",
+    "resize:cpu_capped",
     "resize:base_rate",
     "resize:burst_rate",
     "resize:mem_reserve",
@@ -71,6 +74,7 @@ impl Drop for Vm {
 pub struct Kvm {
     config: KvmConfig,
     places: Places,
+    tree: Arc<Tree>,
     network: Network,
     dns: Vec<IpAddr>,
     mtu: u32,
@@ -84,16 +88,18 @@ impl Kvm {
     pub fn new(
         config: KvmConfig,
         network: Network,
+        tree: Arc<Tree>,
         directories: [&Path; 3],
         dns: Vec<IpAddr>,
         mtu: u32,
     ) -> Self {
         let [state_dir, run_dir, log_dir] = directories;
-        let places = Places::new(state_dir, run_dir, log_dir, &config);
+        let places = Places::new(state_dir, run_dir, log_dir);
         let templates = tokio::sync::Mutex::new(());
         Self {
             config,
             places,
+            tree,
             network,
             dns,
             mtu,
@@ -224,6 +230,7 @@ impl Kvm {
             vm_id: sliver.vm_id,
             uid: self.config.first_uid + u32::from(sliver.index),
             limits,
+            tree: Arc::clone(&self.tree),
             tap,
             reports: reports.clone(),
         };
@@ -234,8 +241,8 @@ impl Kvm {
     /// Ends what runs of a sliver and takes away what only a running VM needs.
     async fn clear(&self, vm_id: VmId, index: Option<u16>) -> Result<(), Failure> {
         let vm = self.lock().remove(&vm_id);
-        let places = self.places.clone();
-        blocking(move || host::clear(&places, vm_id, KILL_TIMEOUT)).await?;
+        let (places, tree) = (self.places.clone(), Arc::clone(&self.tree));
+        blocking(move || host::clear(&places, &tree, vm_id, KILL_TIMEOUT)).await?;
         if let Some(vm) = vm {
             // The kernel says that the cgroup is empty: the monitor has ended and wants reaping.
             host::reap(vm.pidfd.get_ref());
@@ -295,7 +302,7 @@ impl VmType for Kvm {
     }
 
     fn info(&self) -> VmTypeInfo {
-        let detail = host::check(&self.config).err();
+        let detail = host::check(&self.config, &self.tree).err();
         VmTypeInfo {
             name: KVM_MICROVM.to_owned(),
             available: detail.is_none(),
@@ -318,11 +325,10 @@ impl VmType for Kvm {
 
     fn start<'a>(&'a self, sliver: &'a SliverSpec, reports: &'a Reports) -> Work<'a, ()> {
         Box::pin(async move {
-            host::check(&self.config).map_err(Failure::fatal)?;
+            host::check(&self.config, &self.tree).map_err(Failure::fatal)?;
             self.launch(sliver, reports).await?;
-            if sliver.rspec.number("cpu_guarantee").unwrap_or(0) > 0 && !sliver.rspec.flag("cpu_capped") {
-                let lack = "cpu_guarantee is reserved in the pool, but this backend only weighs by cpu_share";
-                reports.tell(crate::vm_type::Report::Lacks(lack.to_owned()));
+            if let Some(lack) = values::unusable_guarantee(&sliver.rspec) {
+                reports.tell(crate::vm_type::Report::Lacks(lack));
             }
             Ok(())
         })
@@ -330,7 +336,9 @@ impl VmType for Kvm {
 
     fn adopt<'a>(&'a self, sliver: &'a SliverSpec, reports: &'a Reports) -> Work<'a, bool> {
         Box::pin(async move {
-            let cgroup = self.places.cgroup(sliver.vm_id);
+            let Some(cgroup) = self.tree.home(sliver.vm_id) else {
+                return Ok(false);
+            };
             let handover = self.places.handover(sliver.vm_id);
             let found = blocking(move || host::adopt(&cgroup, &handover)).await?;
             let Some((pidfd, outward)) = found else {
@@ -362,8 +370,8 @@ impl VmType for Kvm {
     fn resize<'a>(&'a self, sliver: &'a SliverSpec) -> Work<'a, ()> {
         Box::pin(async move {
             let limits = values::limits(&self.config, &sliver.rspec)?;
-            let cgroup = self.places.cgroup(sliver.vm_id);
-            blocking(move || limits.apply_live(&cgroup)).await?;
+            let (tree, vm_id) = (Arc::clone(&self.tree), sliver.vm_id);
+            blocking(move || tree.change(vm_id, &limits)).await?;
             self.network
                 .set_bandwidth(sliver.index, values::bandwidth(&sliver.rspec)?)
                 .await
@@ -383,8 +391,8 @@ impl VmType for Kvm {
     }
 
     fn stats(&self, vm_id: VmId) -> Work<'_, Stats> {
-        let (cgroup, disk) = (self.places.cgroup(vm_id), self.places.disk(vm_id));
-        Box::pin(blocking(move || host::stats(&cgroup, &disk)))
+        let (tree, disk) = (Arc::clone(&self.tree), self.places.disk(vm_id));
+        Box::pin(blocking(move || host::stats(&tree, vm_id, &disk)))
     }
 
     fn snapshot<'a>(&'a self, vm_id: VmId, _directory: &'a Path) -> Work<'a, ()> {
@@ -413,8 +421,8 @@ impl VmType for Kvm {
     }
 
     fn present(&self) -> Work<'_, BTreeSet<VmId>> {
-        let places = self.places.clone();
-        Box::pin(blocking(move || Ok(host::present(&places))))
+        let (places, tree) = (self.places.clone(), Arc::clone(&self.tree));
+        Box::pin(blocking(move || Ok(host::present(&places, &tree))))
     }
 }
 

@@ -1,39 +1,26 @@
 //! What the attributes of an rspec become: limits of the kernel, names of the guest.
 
 use mandoline_limits::Rate;
-use mandoline_limits::cgroup::{CpuMax, CpuShare, MemoryLimits};
 use mandoline_rspec::{CPU_SHARES, Rspec};
 
 use super::KvmConfig;
-use super::host::Limits;
+use crate::cgroup::{Limits, processors};
 use crate::net::Bandwidth;
 use crate::vm_type::Failure;
 
 /// Limits of a sliver's cgroup.
 pub(super) fn limits(config: &KvmConfig, rspec: &Rspec) -> Result<Limits, Failure> {
-    let fatal = |e: mandoline_limits::Error| Failure::fatal(e.to_string());
-    let share = rspec.number("cpu_share").unwrap_or(1).clamp(1, 1000) as u32;
-    let guarantee = rspec.number("cpu_guarantee").unwrap_or(0);
-    let cpu_max = match rspec.flag("cpu_capped") {
-        true => {
-            let cpus = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
-            // Of 1000 for the whole node; the kernel counts one processor as 1000.
-            let thousandths = guarantee.saturating_mul(cpus).min(CPU_SHARES * cpus);
-            Some(CpuMax::of_one_cpu(u32::try_from(thousandths).unwrap_or(u32::MAX)).map_err(fatal)?)
-        }
-        false => None,
-    };
-    let memory = rspec.number("mem_limit").unwrap_or(0);
-    Ok(Limits {
-        cpu_share: CpuShare::new(share).map_err(fatal)?,
-        cpu_max,
-        memory: MemoryLimits {
-            max: Some(memory.saturating_add(config.overhead_mib << 20)),
-            min: Some(rspec.number("mem_reserve").unwrap_or(0).min(memory)),
-            oom_group: Some(true),
-            ..MemoryLimits::default()
-        },
-        pids_max: 32 + rspec.number("vcpus").unwrap_or(1) as u32,
+    let vcpus = rspec.number("vcpus").unwrap_or(1) as u32;
+    Limits::of(rspec, config.overhead_mib << 20, 32 + vcpus)
+}
+
+/// What of a guarantee the sliver's virtual CPUs cannot use.
+pub(super) fn unusable_guarantee(rspec: &Rspec) -> Option<String> {
+    let guarantee = rspec.number("cpu_guarantee")?;
+    let (vcpus, processors) = (rspec.number("vcpus").unwrap_or(1), processors());
+    let usable = CPU_SHARES * vcpus / processors.max(1);
+    (guarantee > usable).then(|| {
+        format!("cpu_guarantee is {guarantee}, but {vcpus} vcpus of {processors} processors can use {usable} at most")
     })
 }
 

@@ -1,0 +1,94 @@
+//! Slivers under the node manager: the limits that the kernel holds, and what changes while a sliver runs.
+
+mod support;
+
+use mandoline_lab::{Lab, NodeSpec};
+use serde_json::json;
+use support::{Manager, Tested, start};
+
+const SLIVERS: &str = "/sys/fs/cgroup/mandoline/slivers";
+
+#[test]
+#[ignore = "lab"]
+fn limits_are_the_kernels_and_change_while_slivers_run() -> Tested {
+    let mut lab = Lab::new()?;
+    let node = start(&mut lab, NodeSpec::named("limits"))?;
+    let nm = Manager(&node);
+    let small = |more: serde_json::Value| {
+        let mut rspec = json!({"vm_type": "kvm-microvm", "mem_limit": "96 MiB", "disk_quota": "1 GB"});
+        for (name, value) in more.as_object().into_iter().flatten() {
+            rspec[name] = value.clone();
+        }
+        rspec
+    };
+    let guaranteed = nm.sliver("plc.x_guaranteed", &small(json!({"cpu_guarantee": 300})))?;
+    let plain = nm.sliver("plc.x_plain", &small(json!({"cpu_share": 20})))?;
+    // It wants all of a processor, and is allowed 5 % of the node.
+    let spin = "#!/bin/sh\nwhile :; do :; done\n";
+    let capped = json!({"cpu_guarantee": 50, "cpu_capped": true, "initscript": spin});
+    let capped = nm.sliver("plc.x_capped", &small(capped))?;
+    for made in [&guaranteed, &plain, &capped] {
+        nm.wait_state(made.vm_id, "reachable")?;
+    }
+    let (a, b, c) = (guaranteed.vm_id, plain.vm_id, capped.vm_id);
+
+    // 1000 = 100 for the host + 350 guaranteed + 550 left, of which each has its part by share: 1, 20 and 1 of 22.
+    let weight = |place: &str| nm.read(&format!("{SLIVERS}/{place}/cpu.weight"));
+    assert_eq!(weight(&a.to_string())?, (3000 + 5500 / 22).to_string());
+    assert_eq!(weight(&c.to_string())?, (500 + 5500 / 22).to_string());
+    assert_eq!(weight("best-effort")?, (5500 - 2 * (5500 / 22)).to_string());
+    assert_eq!(weight(&format!("best-effort/{b}"))?, "200");
+    // Two levels of the tree, together 90 % against a group of the kernel's default weight at each.
+    let above: f64 = nm.read("/sys/fs/cgroup/mandoline/cpu.weight")?.parse()?;
+    assert!((above / (above + 100.0)).powi(2) >= 0.9, "{above}");
+    // 50 of 1000 of two processors, and the kernel holds the spinner back.
+    assert_eq!(nm.read(&format!("{SLIVERS}/{c}/cpu.max"))?, "10000 100000");
+    nm.wait_file(&format!("{SLIVERS}/{c}/cpu.stat"), |stat| {
+        stat.lines()
+            .any(|line| line.starts_with("nr_throttled ") && line != "nr_throttled 0")
+    })?;
+
+    // A guarantee lent to a sliver that runs (architecture paper, section 6.4): it moves, and goes on.
+    let home = |vm_id: u64| nm.read(&format!("{SLIVERS}/{vm_id}/cgroup.procs"));
+    let lowly = |vm_id: u64| nm.read(&format!("{SLIVERS}/best-effort/{vm_id}/cgroup.procs"));
+    let monitor = lowly(b)?;
+    assert!(!monitor.is_empty());
+    let boost = nm.root_pool("plc.x_plain", &json!({"cpu_guarantee": 200, "cpu_share": 5}))?;
+    nm.call("bind", &json!({"rcap": boost, "slice_name": "plc.x_plain"}))?;
+    nm.wait_file(&format!("{SLIVERS}/{b}/cgroup.procs"), |procs| procs == monitor)?;
+    nm.wait_file(&format!("{SLIVERS}/{b}/cpu.weight"), |w| {
+        w == (2000 + 3500 * 25 / 27).to_string()
+    })?;
+    assert_eq!(lowly(b)?, "");
+    // What it had touched is charged where it was; both bounds together are that of one.
+    let number = |file: String| -> Tested<u64> { Ok(nm.read(&file)?.parse()?) };
+    let most = (96 + 48) << 20;
+    let held = number(format!("{SLIVERS}/best-effort/{b}/memory.current"))?;
+    let bound = number(format!("{SLIVERS}/{b}/memory.max"))?;
+    assert!(
+        held > 1 << 20 && bound + held <= most + (4 << 20),
+        "{held} + {bound}"
+    );
+
+    // Taken back, it is one of many again.
+    nm.call("release", &json!({"rcap": boost}))?;
+    nm.wait_file(&format!("{SLIVERS}/best-effort/{b}/cgroup.procs"), |procs| {
+        procs == monitor
+    })?;
+    assert_eq!(home(b)?, "");
+    assert_eq!(nm.find(b)?.map(|s| s["state"].clone()), Some("reachable".into()));
+
+    // The last ones leave nothing to hold a guarantee against.
+    for made in [&guaranteed, &plain, &capped] {
+        nm.call("destroy", &json!({"rcap": made.rcap}))?;
+    }
+    for made in [&guaranteed, &plain, &capped] {
+        nm.wait_state(made.vm_id, "gone")?;
+    }
+    let left = node.shell(&format!(
+        "ls -d {SLIVERS}/[0-9]* {SLIVERS}/best-effort/[0-9]* 2>/dev/null || true"
+    ))?;
+    assert_eq!(left, "");
+    node.power_off()?;
+    Ok(())
+}
