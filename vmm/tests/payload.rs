@@ -384,12 +384,14 @@ fn a_guest_that_reboots_starts_again_with_everything_as_at_power_on() {
     );
 }
 
-/// Code that sleeps until its local APIC's timer fires after `ns`, and then says so and powers off.
-fn sleeper(ns: u32, ready: u32) -> Code {
+/// Code that sleeps until its local APIC's timer, which fires every `ns`, has done so `times`, and then says so and powers off.
+fn sleeper(ns: u32, times: u8, ready: u32) -> Code {
     const TABLES: u32 = 0x40_0000;
     const HANDLER_AT: usize = 0x800;
     const VECTOR: u32 = 0x40;
     const LOCAL_APIC: u32 = 0xfee0_0000;
+    const COUNT: u32 = TABLES + 0x3000;
+    const PERIODIC: u32 = 1 << 17;
     let handler = ENTRY as u32 + HANDLER_AT as u32;
     let mut code = Code::default()
         // A flat code and a flat data segment, for the interrupt to be delivered with.
@@ -411,24 +413,36 @@ fn sleeper(ns: u32, ready: u32) -> Code {
         // mov esp, ...
         .raw(&[0xbc])
         .raw(&(TABLES + 0x4000).to_le_bytes())
-        // The APIC is on; its timer counts ns, once.
+        // The APIC is on; its timer counts ns.
         .store(LOCAL_APIC + 0xf0, 0x1ff)
         .store(LOCAL_APIC + 0x3e0, 0xb)
-        .store(LOCAL_APIC + 0x320, VECTOR)
+        .store(LOCAL_APIC + 0x320, PERIODIC | VECTOR)
         .store(LOCAL_APIC + 0x380, ns)
         .store(ready, 1)
         // l: sti; hlt; jmp l
         .raw(&[0xfb, 0xf4, 0xeb, 0xfc]);
     assert!(code.0.len() <= HANDLER_AT);
     code.0.resize(HANDLER_AT, 0x90);
-    code.print(b"T").power_off()
+    // inc [COUNT]; cmp [COUNT], times
+    code.raw(&[0xff, 0x05])
+        .raw(&COUNT.to_le_bytes())
+        .raw(&[0x83, 0x3d])
+        .raw(&COUNT.to_le_bytes())
+        .raw(&[times])
+        // jae past the end of interrupt (10 bytes) and: add esp, 12; l: sti; hlt; jmp l. No iret: KVM does not emulate
+        // it in protected mode, where the host's CPU virtualises nothing.
+        .raw(&[0x73, 17])
+        .store(LOCAL_APIC + 0xb0, 0)
+        .raw(&[0x83, 0xc4, 12, 0xfb, 0xf4, 0xeb, 0xfc])
+        .print(b"T")
+        .power_off()
 }
 
 #[test]
 fn a_parked_guest_has_no_memory_and_wakes_by_its_own_timer() {
     const READY: u32 = 0x30_0000;
     const KEPT: u32 = 0x31_0000;
-    let mut spec = spec(sleeper(1_500_000_000, READY));
+    let mut spec = spec(sleeper(1_500_000_000, 1, READY));
     spec.park = Some(Park {
         file: tempfile::tempfile().unwrap(),
         idle: None,
@@ -473,6 +487,46 @@ fn a_parked_guest_has_no_memory_and_wakes_by_its_own_timer() {
     );
     use RunState::{Exited, Parked, Running};
     assert_eq!(outcome.states(), [Running, Parked, Running, Exited]);
+}
+
+#[test]
+fn a_guest_that_was_asked_to_park_does_so_again_after_its_timers() {
+    const READY: u32 = 0x30_0000;
+    let mut spec = spec(sleeper(400_000_000, 6, READY));
+    spec.park = Some(Park {
+        file: tempfile::tempfile().unwrap(),
+        idle: None,
+    });
+    let Some((machine, phases)) = build(spec) else {
+        return;
+    };
+    let memory = machine.memory.clone();
+    let (calls, receiver) = channel::<Call>();
+    let event = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
+    let sender = event.clone();
+    let driver = std::thread::spawn(move || {
+        while memory.read_obj::<u32>(GuestAddress(u64::from(READY))).unwrap() == 0 {
+            std::thread::yield_now();
+        }
+        loop {
+            let (answer, report) = channel();
+            calls.send((Request::Park, answer)).unwrap();
+            sender.write(1).unwrap();
+            if report.recv().unwrap().is_ok() {
+                break;
+            }
+        }
+    });
+    let outcome = finish(machine, phases, Some(Calls { receiver, event }));
+    driver.join().unwrap();
+    assert_eq!(outcome.output, b"T");
+    // Once because it was asked to; and again, though a busy machine may miss some of the guest's sleeps.
+    let states = outcome.states();
+    let parked = states
+        .iter()
+        .filter(|state| matches!(state, RunState::Parked))
+        .count();
+    assert!(parked >= 2, "{states:?}");
 }
 
 #[test]

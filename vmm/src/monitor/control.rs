@@ -230,7 +230,12 @@ impl ControlEvents {
             match request {
                 Request::Pause => self.pause(ops),
                 Request::Resume => self.resume(ops, Waker::Request),
-                Request::Park => said = self.park(ops).map(|()| serde_json::Value::Null),
+                Request::Park => {
+                    said = self.park(ops).map(|()| serde_json::Value::Null);
+                    if let (Ok(_), Some(sleeper)) = (&said, &mut self.sleeper) {
+                        sleeper.asked();
+                    }
+                }
                 Request::Look => {}
                 Request::Metrics => {
                     let seen = seen(self.instance, &self.slots, &self.console, self.sleeper.as_ref());

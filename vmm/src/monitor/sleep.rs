@@ -10,6 +10,9 @@
 //!                                                                   (stays Running)
 //! ```
 //!
+//! A VM that was asked to park stays so until something comes for it: its own timers wake it for as long as they take,
+//! with `idle_ms` and without.
+//!
 //! Idle is: no event of any device, and vCPU threads that used almost no CPU time. Nothing is lost while a VM is
 //! parked: taps queue what comes, sockets wait in their listener, timers of the guest's interrupt controller go
 //! on in the host's kernel.
@@ -31,6 +34,8 @@ use crate::vcpu::{self, state::Sleep};
 const LEAST_SLEEP: Duration = Duration::from_millis(50);
 /// Pause before a guest that a timer woke is parked again.
 const AFTER_TIMER: Duration = Duration::from_millis(100);
+/// Pause before a guest that should be parked, but was busy after a timer, is looked at again.
+const WHEN_BUSY: Duration = Duration::from_secs(1);
 /// CPU time that an idle guest's vCPUs may use, as a part of the time that is looked at: 1/20.
 const IDLE_CPU_PART: u32 = 20;
 
@@ -44,6 +49,8 @@ pub struct Sleeper {
     pub kernel: Range<u64>,
     /// Park by itself after so long.
     pub idle: Option<Duration>,
+    /// Somebody asked for it to be parked, and nothing has come for it since.
+    asked: bool,
     /// Fires when it is time to look whether the guest is idle, or when the guest's own timer does.
     timer: TimerFd,
     /// Signalled by devices that have something for a guest that stands still.
@@ -86,6 +93,7 @@ impl Sleeper {
             memory,
             kernel,
             idle,
+            asked: false,
             timer: TimerFd::new()?,
             roused,
             seen: (0, Duration::ZERO),
@@ -154,6 +162,11 @@ impl Sleeper {
         Ok(given)
     }
 
+    /// The VM is parked because somebody asked for it.
+    pub(super) fn asked(&mut self) {
+        self.asked = true;
+    }
+
     /// Counts a waking, and looks at the guest again when it may sleep.
     pub(super) fn awake(&mut self, by: Waker, slots: &[Arc<Slot>], vcpus: &[vcpu::Handle]) {
         match by {
@@ -161,6 +174,7 @@ impl Sleeper {
             Waker::Device => self.counters.woken_by_device += 1,
             Waker::Request => {}
         }
+        self.asked &= by == Waker::Timer;
         let soon = (by == Waker::Timer).then_some(AFTER_TIMER);
         self.look_again(soon, slots, vcpus);
     }
@@ -168,22 +182,31 @@ impl Sleeper {
     /// Sets the timer for the next look at whether the guest is idle.
     pub(super) fn look_again(&mut self, soon: Option<Duration>, slots: &[Arc<Slot>], vcpus: &[vcpu::Handle]) {
         self.seen = activity(slots, vcpus);
-        match self.idle {
-            Some(idle) => self.set(soon.unwrap_or(idle).min(idle)),
+        match self.interval() {
+            Some(interval) => self.set(soon.unwrap_or(interval).min(interval)),
             None => self.disarm(),
         }
+    }
+
+    /// How long nothing must happen before the VM is parked; `None` when it never is.
+    fn interval(&self) -> Option<Duration> {
+        if self.asked { Some(WHEN_BUSY) } else { self.idle }
     }
 
     /// Whether nothing happened since the last look. After a timer's waking the CPU time says nothing: that the vCPUs
     /// are halted will have to do.
     pub(super) fn is_idle(&self, slots: &[Arc<Slot>], vcpus: &[vcpu::Handle]) -> bool {
-        let Some(idle) = self.idle else { return false };
+        let Some(interval) = self.interval() else {
+            return false;
+        };
         let (events, cpu) = activity(slots, vcpus);
-        events == self.seen.0 && cpu.saturating_sub(self.seen.1) <= (idle / IDLE_CPU_PART).max(AFTER_TIMER)
+        events == self.seen.0
+            && cpu.saturating_sub(self.seen.1) <= (interval / IDLE_CPU_PART).max(AFTER_TIMER)
     }
 
     /// The guest starts anew: nothing of its past is kept.
     pub(super) fn forget(&mut self) {
+        self.asked = false;
         self.file.forget();
     }
 

@@ -498,6 +498,11 @@ impl Device for Balloon {
         }]
     }
 
+    /// Statistics of a guest that stands still are not worth waking it.
+    fn rouses(&self, _token: u32) -> bool {
+        false
+    }
+
     fn handle(&mut self, event: Event) -> Result<(), DeviceError> {
         match event {
             Event::Kick(queue) => self.work(queue),
