@@ -40,6 +40,13 @@ pub const AGENT_PORT: u32 = 1024;
 /// The vsock port of the host to which the agent opens its event stream.
 pub const HOST_EVENT_PORT: u32 = 1024;
 
+/// The vsock port of the host to which a guest opens a stream to a service: the stream's first line is
+/// `CONNECT <service>\n`, the host answers `OK\n` or `ERR <why>\n`, and after `OK` the stream is the service's.
+pub const SERVICES_PORT: u32 = 1025;
+
+/// Longest first line of a stream to [`SERVICES_PORT`], in bytes without its end.
+pub const SERVICE_LINE_MAX: usize = 128;
+
 /// The host's context id (CID) on vsock.
 pub const HOST_CID: u32 = 2;
 

@@ -20,3 +20,5 @@ pub mod nodemgr;
 pub mod sse;
 #[cfg(feature = "unix-client")]
 pub mod unix;
+#[cfg(feature = "xmlrpc")]
+pub mod xmlrpc;

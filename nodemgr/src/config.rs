@@ -92,6 +92,9 @@ pub struct ServiceConfig {
     /// Authorities whose slices it may make slivers for.
     #[serde(default)]
     pub authorities: Vec<AuthorityName>,
+    /// The Unix socket on which slivers reach it, by its name here.
+    #[serde(default)]
+    pub socket: Option<PathBuf>,
 }
 
 /// How far limits may be overbooked: the sum of all slivers' over what the node has.
@@ -185,6 +188,7 @@ impl Default for Config {
             user: Some("pl_conf".to_owned()),
             uid: None,
             authorities: authority().into_iter().collect(),
+            socket: None,
         };
         Self {
             state_dir: "/var/lib/mandoline".into(),
@@ -329,6 +333,10 @@ impl Config {
         let found = self.services.iter().filter_map(|(slice, service)| {
             let by_name = service.user.as_deref().and_then(|user| uid_of(passwd, user));
             let Some(uid) = service.uid.or(by_name) else {
+                // One that slivers call need not call itself.
+                if service.user.is_none() && service.socket.is_some() {
+                    return None;
+                }
                 tracing::warn!(%slice, user = service.user, "service has no user on this node: it cannot call");
                 return None;
             };
@@ -336,6 +344,16 @@ impl Config {
             Some((uid, Service { slice, authorities: service.authorities.clone() }))
         });
         Services::new(found)
+    }
+}
+
+impl Config {
+    /// Sockets of the services that slivers reach, by name.
+    pub fn service_sockets(&self) -> Vec<(String, PathBuf)> {
+        let sockets = self.services.iter();
+        sockets
+            .filter_map(|(name, service)| Some((name.to_string(), service.socket.clone()?)))
+            .collect()
     }
 }
 

@@ -22,6 +22,7 @@ use crate::net::{NetError, Network};
 use crate::ops::Rules;
 use crate::owner::{self, ScriptError};
 use crate::secret::{Secret, SecretError};
+use crate::services::{Dispatcher, Streams};
 use crate::store::{Store, StoreError};
 use crate::vm_type::{Failure, Registry};
 use crate::{accounts, capacity};
@@ -151,10 +152,13 @@ pub async fn run(config: Config, stop: watch::Receiver<bool>) -> Result<(), Star
         &config.kvm.cgroup,
         config.host_cpu_shares,
     ));
+    let (services, nm_streams, _sensor_streams) = Dispatcher::new(config.service_sockets());
+    let services = Arc::new(services);
     let kvm = Arc::new(Kvm::new(
         config.kvm.clone(),
         network,
         Arc::clone(&tree),
+        Arc::clone(&services),
         directories,
         dns,
         config.network.mtu,
@@ -181,6 +185,7 @@ pub async fn run(config: Config, stop: watch::Receiver<bool>) -> Result<(), Star
         tokio::spawn(reconcile(Arc::clone(&core))),
         tokio::spawn(tick(Arc::clone(&core), Arc::clone(&kvm), tree)),
         tokio::spawn(async move { kvm.prepare().await }),
+        tokio::spawn(serve_slivers(Arc::clone(&core), nm_streams)),
     ];
     tracing::info!(version = env!("CARGO_PKG_VERSION"), run_dir = %config.run_dir.display(), "ready");
     let result = serve(Arc::clone(&core), sockets, stop).await;
@@ -189,6 +194,13 @@ pub async fn run(config: Config, stop: watch::Receiver<bool>) -> Result<(), Star
     }
     // Slivers go on: their monitors are not ours to end.
     result
+}
+
+/// Serves the slivers that ask for the node manager.
+async fn serve_slivers(core: Arc<Core>, streams: Streams) {
+    if let Err(error) = http::serve_slivers(core, streams).await {
+        tracing::error!(%error, "slivers cannot reach the node manager");
+    }
 }
 
 /// The two sockets, bound.

@@ -1,4 +1,5 @@
-//! The interface: HTTP and JSON on the owner's socket and the services' socket.
+//! The interface: HTTP on the owner's socket, the services' socket and the slivers' streams. Its methods are
+//! those of [`crate::methods`], as JSON and, at `/RPC2`, as XML-RPC ([`crate::xmlrpc`]).
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -8,29 +9,28 @@ use axum::Json;
 use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::extract::connect_info::Connected;
-use axum::extract::{ConnectInfo, Path, Query, Request, State};
+use axum::extract::{ConnectInfo, DefaultBodyLimit, Path, Query, Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::serve::IncomingStream;
 use futures_util::{Stream, StreamExt, stream};
-use mandoline_api::nodemgr::{
-    BindAnswer, Done, ErrorAnswer, ErrorBody, ErrorKind, IDEMPOTENCY_KEY, RcapAnswer, RcapsAnswer,
-};
-use mandoline_rspec::{Rcap, Rspec};
+use mandoline_api::nodemgr::{ErrorAnswer, ErrorBody, ErrorKind, IDEMPOTENCY_KEY};
+use mandoline_rspec::SliceId;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use sha2::{Digest, Sha256};
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::BroadcastStream;
 
 use crate::accounts;
 use crate::caller::Caller;
-use crate::core::{Core, Key};
+use crate::core::Core;
 use crate::events::Told;
-use crate::ops::{OpResult, Operation};
-use crate::store::Outcome;
+use crate::methods::{self, Fields, METHODS, bad};
+use crate::ops::OpResult;
+use crate::services::Streams;
+use crate::xmlrpc;
 
 /// Largest request, in bytes: an rspec with a boot script and a thousand keys fits.
 const MAX_REQUEST: usize = 4 << 20;
@@ -52,13 +52,24 @@ struct App {
     channel: Channel,
 }
 
-/// The peer's user id, as the kernel says.
-#[derive(Debug, Clone, Copy)]
-struct Peer(Option<u32>);
+/// Who is at the other end of a connection.
+#[derive(Debug, Clone)]
+enum Peer {
+    /// A process of this user, as the kernel says.
+    Uid(Option<u32>),
+    /// The sliver of this slice: the stream came on its own channel.
+    Sliver(SliceId),
+}
 
 impl Connected<IncomingStream<'_, UnixListener>> for Peer {
     fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Self {
-        Self(stream.io().peer_cred().ok().map(|peer| peer.uid()))
+        Self::Uid(stream.io().peer_cred().ok().map(|peer| peer.uid()))
+    }
+}
+
+impl Connected<IncomingStream<'_, Streams>> for Peer {
+    fn connect_info(stream: IncomingStream<'_, Streams>) -> Self {
+        Self::Sliver(stream.remote_addr().slice.clone())
     }
 }
 
@@ -75,27 +86,39 @@ pub async fn serve(
         .await
 }
 
+/// Serves the streams on which slivers ask for the node manager.
+pub async fn serve_slivers(core: Arc<Core>, streams: Streams) -> std::io::Result<()> {
+    let app = router(App {
+        core,
+        channel: Channel::Service,
+    });
+    axum::serve(streams, app.into_make_service_with_connect_info::<Peer>()).await
+}
+
 fn router(app: App) -> Router {
     Router::new()
+        .route("/RPC2", post(xml_rpc))
         .route("/v1/node", get(node))
         .route("/v1/events", get(events))
         .route("/v1/ssh_keys/{account}", get(ssh_keys))
         .route("/v1/{operation}", post(operation))
         .fallback(|| async {
             let error = ErrorBody::new(ErrorKind::NotFound, "no such resource")
-                .allowed("POST /v1/<operation>, GET /v1/node, /v1/events, /v1/ssh_keys/<account>");
+                .allowed("POST /RPC2 (XML-RPC), POST /v1/<operation>, GET /v1/node, /v1/events, /v1/ssh_keys/<account>");
             Refusal(error).into_response()
         })
+        .layer(DefaultBodyLimit::max(MAX_REQUEST))
         .with_state(app)
 }
 
 impl App {
-    fn caller(&self, peer: Peer) -> Caller {
-        match (self.channel, peer.0) {
+    fn caller(&self, peer: &Peer) -> Caller {
+        match (self.channel, peer) {
             // The socket's mode already keeps others out; its peers are the owner whatever their uid.
             (Channel::Owner, _) => Caller::Owner,
-            (Channel::Service, Some(uid)) => self.core.rules.services.caller(uid),
-            (Channel::Service, None) => Caller::Stranger(u32::MAX),
+            (Channel::Service, Peer::Uid(Some(uid))) => self.core.rules.services.caller(*uid),
+            (Channel::Service, Peer::Uid(None)) => Caller::Stranger(u32::MAX),
+            (Channel::Service, Peer::Sliver(slice)) => Caller::Slice(slice.clone()),
         }
     }
 }
@@ -115,66 +138,49 @@ async fn operation(
     Path(name): Path<String>,
     request: Request,
 ) -> Response {
-    let caller = app.caller(peer);
-    let answer = perform(&app, caller.clone(), &name, request).await;
-    if let Err(Refusal(error)) = &answer {
-        // Values may be rcaps; message and kind are not.
-        tracing::info!(%caller, operation = name, kind = ?error.kind, message = error.message, "refused");
+    let caller = app.caller(&peer);
+    match perform(&app, &caller, &name, request).await {
+        Ok(answer) => Json(answer).into_response(),
+        Err(error) => {
+            log_refusal(&caller, &name, &error);
+            Refusal(error).into_response()
+        }
     }
-    answer.into_response()
 }
 
-async fn perform(app: &App, caller: Caller, name: &str, request: Request) -> Result<Response, Refusal> {
-    let key = idempotency_key(&request).map_err(Refusal)?;
-    let body = body(request.into_body()).await.map_err(Refusal)?;
-    let mut fields = Fields::new(body).map_err(Refusal)?;
-    let digest = fields.digest(name);
-    let core = &app.core;
-    let query = match name {
-        "get_rcap" => Some(
-            fields
-                .end()
-                .and_then(|()| core.oldest_rcap(&caller))
-                .map(|rcap| json(RcapAnswer { rcap })),
-        ),
-        "get_rcaps" => Some(
-            fields
-                .end()
-                .and_then(|()| core.rcaps(&caller))
-                .map(|rcaps| json(RcapsAnswer { rcaps })),
-        ),
-        "list" => Some(fields.end().and_then(|()| core.list(&caller)).map(json)),
-        "get_rspec" => Some(fields.rcap().and_then(|rcap| {
-            fields.end()?;
-            core.rspec(&caller, &rcap).map(json)
-        })),
-        _ => None,
+/// Values may be rcaps; message and kind are not.
+pub(crate) fn log_refusal(caller: &Caller, operation: &str, error: &ErrorBody) {
+    tracing::info!(%caller, operation, kind = ?error.kind, message = error.message, "refused");
+}
+
+async fn perform(app: &App, caller: &Caller, name: &str, request: Request) -> OpResult<Value> {
+    let key = idempotency_key(&request)?;
+    let fields = Fields::new(body(request.into_body()).await?)?;
+    let Some(method) = methods::find(name) else {
+        let known: Vec<_> = METHODS.iter().map(|method| method.name).collect();
+        let error = ErrorBody::new(ErrorKind::NotFound, format!("no operation `{name}`"));
+        return Err(error.allowed(known.join(", ")));
     };
-    if let Some(answer) = query {
-        return answer.map_err(Refusal);
-    }
-    let operation = fields.operation(name).map_err(Refusal)?;
-    let key = key.map(|key| Key { key, request: digest });
-    let outcome = core
-        .execute(caller.clone(), operation, key)
-        .await
-        .map_err(Refusal)?;
-    tracing::info!(%caller, operation = name, ?outcome, "done");
-    Ok(match outcome {
-        Outcome::Rcap { pool, epoch } => json(RcapAnswer {
-            rcap: core.rcap(pool, epoch),
-        }),
-        Outcome::Vm { vm_id } => json(BindAnswer { vm_id }),
-        Outcome::Done => json(Done {}),
-    })
+    methods::call(&app.core, caller, method, fields, key)
+        .await?
+        .json()
+}
+
+async fn xml_rpc(
+    State(app): State<App>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    body: axum::body::Bytes,
+) -> Response {
+    let answer = xmlrpc::answer(&app.core, &app.caller(&peer), &body).await;
+    (
+        [(header::CONTENT_TYPE, mandoline_api::xmlrpc::CONTENT_TYPE)],
+        answer,
+    )
+        .into_response()
 }
 
 fn json<T: Serialize>(answer: T) -> Response {
     Json(answer).into_response()
-}
-
-fn bad(message: impl Into<String>) -> ErrorBody {
-    ErrorBody::new(ErrorKind::BadRequest, message)
 }
 
 async fn body(body: Body) -> OpResult<Value> {
@@ -188,96 +194,11 @@ async fn body(body: Body) -> OpResult<Value> {
 }
 
 fn idempotency_key(request: &Request) -> OpResult<Option<String>> {
-    let Some(value) = request.headers().get(IDEMPOTENCY_KEY) else {
-        return Ok(None);
-    };
-    match value.to_str() {
-        Ok(key) if (1..=128).contains(&key.len()) => Ok(Some(key.to_owned())),
-        _ => Err(bad("the idempotency key cannot be used").allowed("1 to 128 printable ASCII characters")),
-    }
-}
-
-/// A request's fields: each is taken once, and what is left over is refused by name.
-struct Fields(Map<String, Value>);
-
-impl Fields {
-    fn new(body: Value) -> OpResult<Self> {
-        match body {
-            Value::Object(fields) => Ok(Self(fields)),
-            _ => Err(bad("the request is no JSON object").allowed("an object with the operation's fields")),
-        }
-    }
-
-    /// What tells whether a repeated key came with the same request: JSON objects are sorted here.
-    fn digest(&self, operation: &str) -> String {
-        let text = format!("{operation}\n{}", Value::Object(self.0.clone()));
-        hex::encode(Sha256::digest(text.as_bytes()))
-    }
-
-    fn operation(&mut self, name: &str) -> OpResult<Operation> {
-        let operation = match name {
-            "create_root_pool" => Operation::CreateRootPool(self.rspec()?, self.text("slice_name")?),
-            "split_pool" => Operation::SplitPool(self.rcap()?, self.rspec()?),
-            "acquire" => Operation::Acquire(self.rspec()?),
-            "bind" => Operation::Bind(self.rcap()?, self.text("slice_name")?),
-            "release" => Operation::Release(self.rcap()?),
-            "start" => Operation::Start(self.rcap()?),
-            "stop" => Operation::Stop(self.rcap()?),
-            "restart" => Operation::Restart(self.rcap()?),
-            "destroy" => Operation::Destroy(self.rcap()?),
-            _ => {
-                let known = "create_root_pool, get_rcap, get_rcaps, get_rspec, split_pool, acquire, bind, release, \
-                             start, stop, restart, destroy, list";
-                return Err(
-                    ErrorBody::new(ErrorKind::NotFound, format!("no operation `{name}`")).allowed(known),
-                );
-            }
-        };
-        self.end()?;
-        Ok(operation)
-    }
-
-    fn take(&mut self, name: &str) -> OpResult<Value> {
-        self.0.remove(name).ok_or_else(|| ErrorBody {
-            attribute: Some(name.to_owned()),
-            ..bad(format!("the request lacks the field `{name}`"))
-        })
-    }
-
-    fn text(&mut self, name: &str) -> OpResult<String> {
-        match self.take(name)? {
-            Value::String(text) => Ok(text),
-            _ => Err(ErrorBody {
-                attribute: Some(name.to_owned()),
-                ..bad(format!("`{name}` is not text"))
-            }),
-        }
-    }
-
-    fn rcap(&mut self) -> OpResult<Rcap> {
-        let text = self.text("rcap")?;
-        Rcap::from_hex(&text).map_err(|error| {
-            let body = bad(error.to_string()).allowed("32 hexadecimal digits");
-            ErrorBody {
-                attribute: Some("rcap".to_owned()),
-                ..body
-            }
-        })
-    }
-
-    fn rspec(&mut self) -> OpResult<Rspec> {
-        Ok(Rspec::from_json(&self.take("rspec")?)?)
-    }
-
-    fn end(&self) -> OpResult<()> {
-        match self.0.keys().next() {
-            Some(name) => Err(ErrorBody {
-                attribute: Some(name.clone()),
-                ..bad(format!("the operation has no field `{name}`"))
-            }),
-            None => Ok(()),
-        }
-    }
+    let value = request.headers().get(IDEMPOTENCY_KEY);
+    // What is no text is no key either.
+    value
+        .map(|value| methods::check_key(value.to_str().unwrap_or("")))
+        .transpose()
 }
 
 async fn node(State(app): State<App>) -> Response {
@@ -294,7 +215,7 @@ async fn events(
     ConnectInfo(peer): ConnectInfo<Peer>,
     Query(Since { since }): Query<Since>,
 ) -> Response {
-    let caller = app.caller(peer);
+    let caller = app.caller(&peer);
     if let Caller::Stranger(uid) = caller {
         let message = format!("uid {uid} is no service of this node");
         return Refusal(ErrorBody::new(ErrorKind::Forbidden, message)).into_response();

@@ -8,8 +8,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use base64::Engine as _;
-use dxr::Value;
 use mandoline_api::authority::signing_string;
+use mandoline_api::xmlrpc::Value;
 use sha2::{Digest, Sha256};
 
 use super::fault::Fault;

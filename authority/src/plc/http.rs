@@ -11,7 +11,7 @@ use axum::extract::{ConnectInfo, DefaultBodyLimit, State};
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
-use dxr::Value;
+use mandoline_api::xmlrpc::{self, Value};
 use serde_json::Value as Json;
 
 use super::auth;
@@ -39,18 +39,11 @@ async fn handle(
     ConnectInfo(from): ConnectInfo<SocketAddr>,
     body: Bytes,
 ) -> Response {
-    let outcome = match std::str::from_utf8(&body)
-        .map_err(|_| Fault::unreadable())
-        .and_then(value::parse)
-    {
+    let outcome = match value::parse(&body) {
         Ok((name, params)) => call(&service, &name, params, from.ip()).await,
         Err(fault) => Err(fault),
     };
-    (
-        [(CONTENT_TYPE, "text/xml; charset=utf-8")],
-        value::answer(outcome),
-    )
-        .into_response()
+    ([(CONTENT_TYPE, xmlrpc::CONTENT_TYPE)], value::answer(outcome)).into_response()
 }
 
 /// One call, checked in PlanetLab's order. (Boxed, since multicall calls it from within.)

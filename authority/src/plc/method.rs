@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use dxr::Value;
+use mandoline_api::xmlrpc::Value;
 use serde_json::Value as Json;
 
 use super::fault::Fault;

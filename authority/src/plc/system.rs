@@ -1,6 +1,6 @@
 //! `system.*`: introspection and multicall, without authentication.
 
-use dxr::Value;
+use mandoline_api::xmlrpc::Value;
 use serde_json::{Value as Json, json};
 
 use super::fault::Fault;

@@ -17,6 +17,7 @@ mod config;
 mod disk;
 mod host;
 mod monitor;
+mod outward;
 mod session;
 mod values;
 
@@ -38,8 +39,10 @@ pub use config::KvmConfig;
 
 use crate::cgroup::Tree;
 use crate::net::{Network, SliverNet};
+use crate::services::{Dispatcher, Who};
 use crate::vm_type::{Failure, Reports, SliverSpec, Stats, VmType, Work};
 use config::Places;
+use outward::Outward;
 
 /// How long a killed monitor may take to be gone: closing a VM takes up to 70 ms, emulated and loaded more.
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
@@ -76,6 +79,7 @@ pub struct Kvm {
     places: Places,
     tree: Arc<Tree>,
     network: Network,
+    services: Arc<Dispatcher>,
     dns: Vec<IpAddr>,
     mtu: u32,
     running: Mutex<BTreeMap<VmId, Vm>>,
@@ -84,11 +88,12 @@ pub struct Kvm {
 }
 
 impl Kvm {
-    /// The backend over a network that is set up.
+    /// The backend over a network that is set up; `services` get what guests open by themselves.
     pub fn new(
         config: KvmConfig,
         network: Network,
         tree: Arc<Tree>,
+        services: Arc<Dispatcher>,
         directories: [&Path; 3],
         dns: Vec<IpAddr>,
         mtu: u32,
@@ -101,6 +106,7 @@ impl Kvm {
             places,
             tree,
             network,
+            services,
             dns,
             mtu,
             running: Mutex::new(BTreeMap::new()),
@@ -161,6 +167,11 @@ impl Kvm {
         let watch = |e| Failure::retryable(format!("the monitor cannot be watched: {e}"));
         let pidfd = Arc::new(monitor::watch(pidfd).map_err(watch)?);
         let outward = outward.map(monitor::watch).transpose().map_err(watch)?;
+        let who = Who {
+            slice: sliver.slice.clone(),
+            vm_id: sliver.vm_id,
+        };
+        let outward = outward.map(|socket| Outward::start(socket, Arc::clone(&self.services), who));
         let session = session::Session {
             vsock: self.places.vsock(sliver.vm_id),
             state: self.places.state(sliver.vm_id),

@@ -22,11 +22,11 @@ use mandoline_api::agent::{
 };
 use mandoline_api::nodemgr;
 use tokio::io::unix::AsyncFd;
-use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use super::agent::{Frames, accept, ask};
+use super::agent::{Frames, ask};
 use super::monitor;
+use super::outward::Outward;
 use crate::core::unix_ns;
 use crate::net::SliverNet;
 use crate::vm_type::{Failure, Report, Reports};
@@ -56,7 +56,7 @@ pub(super) struct Session {
     pub(super) state: PathBuf,
     pub(super) join: Identity,
     pub(super) pidfd: Arc<AsyncFd<OwnedFd>>,
-    pub(super) outward: Option<AsyncFd<OwnedFd>>,
+    pub(super) outward: Option<Outward>,
     pub(super) adopted: bool,
     pub(super) boot_timeout: Duration,
     pub(super) join_timeout: Duration,
@@ -117,7 +117,7 @@ impl Session {
             return std::future::pending().await;
         };
         loop {
-            let stream = self.next_event_stream(outward).await?;
+            let stream = outward.next_event_stream().await?;
             let mut frames = Frames::new(stream);
             match frames.next().await {
                 Ok(Some(body)) => match serde_json::from_slice(&body) {
@@ -132,21 +132,6 @@ impl Session {
                 },
                 Ok(None) => {}
                 Err(error) => tracing::warn!(slice = self.join.slice, %error, "event stream of a guest"),
-            }
-        }
-    }
-
-    /// The next stream to the event port; streams to other ports find nobody and are reset.
-    async fn next_event_stream(&self, outward: &AsyncFd<OwnedFd>) -> Result<UnixStream, Failure> {
-        loop {
-            match accept(outward).await {
-                Ok(Some((agent::HOST_EVENT_PORT, stream))) => return Ok(stream),
-                Ok(Some((port, _))) => {
-                    tracing::debug!(slice = self.join.slice, port, "no service on this port")
-                }
-                // The monitor has closed its end: it is ending, and its end is reported elsewhere.
-                Ok(None) => return std::future::pending().await,
-                Err(error) => return Err(Failure::retryable(format!("outward streams: {error}"))),
             }
         }
     }
@@ -277,7 +262,7 @@ impl Session {
                 Some(frames) => frames,
                 None => match &self.outward {
                     None => return std::future::pending().await,
-                    Some(outward) => Frames::new(self.next_event_stream(outward).await?),
+                    Some(outward) => Frames::new(outward.next_event_stream().await?),
                 },
             };
             match frames.next().await {

@@ -194,6 +194,7 @@ pub fn config(dir: &Path) -> Config {
         user: None,
         uid: Some(rustix::process::getuid().as_raw()),
         authorities: vec![AuthorityName::new("plc").unwrap()],
+        socket: None,
     };
     Config {
         state_dir: dir.join("state"),

@@ -1,6 +1,6 @@
 //! Slices, their users, nodes and tags.
 
-use dxr::Value;
+use mandoline_api::xmlrpc::Value;
 use serde_json::{Value as Json, json};
 
 use crate::domain::slices::{self, NewSlice, SliceChange};
