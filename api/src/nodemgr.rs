@@ -13,6 +13,11 @@
 //! | `bind` | [`Bind`] | [`BindAnswer`] |
 //! | `release`, `start`, `stop`, `restart`, `destroy` | [`RcapRequest`] | [`Done`] |
 //! | `list` | `{}` | [`ListAnswer`] |
+//! | `resize` | [`SplitPool`] | [`Done`] |
+//! | `start_slice`, `stop_slice`, `restart_slice`, `destroy_slice` | [`SliceRequest`] | [`Done`] |
+//! | `get_loans`, `set_loans` | [`SliceRequest`], [`SetLoans`] | [`LoansAnswer`], [`Done`] |
+//!
+//! What the owner decides is in [`OwnerScript`] and beside it.
 //!
 //! `GET /v1/node` is [`NodeInfo`]; `GET /v1/events[?since=N]` is a stream of server-sent events whose data are
 //! [`SliverEvent`]s; `GET /v1/ssh_keys/{account}` is text for the node's sshd.
@@ -23,14 +28,16 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use mandoline_rspec::{Rcap, Rspec, RspecError};
+use mandoline_rspec::{Loan, Rcap, Rspec, RspecError};
 use serde::{Deserialize, Serialize};
 
 #[cfg(feature = "unix-client")]
 mod client;
+mod owner;
 
 #[cfg(feature = "unix-client")]
 pub use client::{ClientError, Events, NodeManager};
+pub use owner::{Actuator, Deny, Grant, OwnerScript, PolicyAnswer, ScriptPool, SetGrant};
 
 /// The socket of the owner, mode 0600.
 pub const OWNER_SOCKET: &str = "/run/mandoline/owner.sock";
@@ -86,6 +93,37 @@ pub struct Bind {
 pub struct RcapRequest {
     /// The pool or sliver.
     pub rcap: Rcap,
+}
+
+/// A request about the sliver of a slice, by who may act for that slice.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SliceRequest {
+    /// The slice, `authority.name` or bare.
+    pub slice_name: String,
+}
+
+/// `set_loans`: everything that a slice lends on this node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetLoans {
+    /// The lender.
+    pub slice_name: String,
+    /// Recipient, resource and amount of each, as the shipped node manager had them.
+    pub loans: Vec<(String, String, u64)>,
+}
+
+/// `get_loans`: what a slice lends, and what that does now.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LoansAnswer {
+    /// Its loans.
+    pub loans: Vec<Loan>,
+    /// Those that move nothing now, and why.
+    pub waiting: Vec<(Loan, String)>,
+    /// What the slice was given.
+    pub rspec: Rspec,
+    /// What it has with all loans of the node.
+    pub effective: Rspec,
 }
 
 /// The rcap of a pool.

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use mandoline_api::nodemgr::Grant;
 use mandoline_rspec::{AuthorityName, SliceId};
 
 /// A caller.
@@ -53,16 +54,25 @@ impl Services {
         }
     }
 
-    /// Whether the caller may make a VM that belongs to `slice`.
-    pub fn may_create(&self, caller: &Caller, slice: &SliceId) -> bool {
-        match (caller, slice.authority()) {
-            (Caller::Owner, _) => true,
-            (Caller::Slice(who), _) if who == slice => true,
-            (Caller::Slice(who), Some(authority)) => self
-                .0
-                .values()
-                .any(|s| s.slice == *who && s.authorities.contains(authority)),
-            _ => false,
-        }
+    /// What the configuration grants a service.
+    pub fn grant(&self, slice: &SliceId) -> Option<Grant> {
+        let mut found = self
+            .0
+            .values()
+            .filter(|service| service.slice == *slice)
+            .peekable();
+        found.peek()?;
+        Some(Grant {
+            authorities: found.flat_map(|service| service.authorities.clone()).collect(),
+            ..Grant::default()
+        })
+    }
+
+    /// What the configuration grants.
+    pub fn grants(&self) -> BTreeMap<SliceId, Grant> {
+        let slices = self.0.values().map(|service| &service.slice);
+        slices
+            .filter_map(|slice| Some((slice.clone(), self.grant(slice)?)))
+            .collect()
     }
 }

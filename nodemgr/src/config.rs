@@ -6,13 +6,17 @@ use std::path::{Path, PathBuf};
 
 use ipnet::Ipv4Net;
 use mandoline_limits::Rate;
-use mandoline_rspec::{AuthorityName, KVM_MICROVM, Rspec, SliceId, SliceName, parse_rate};
+use mandoline_rspec::{
+    AuthorityName, KVM_MICROVM, MANDOLINE, Profile, Rspec, SliceId, SliceName, parse_rate,
+};
 use serde::Deserialize;
 
 use crate::caller::{Service, Services};
 use crate::kvm;
 use crate::net::NetworkConfig;
 use crate::ops::Overbook;
+use crate::owner::Entry;
+use crate::policy::SITE_ADMIN;
 
 /// Why the configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -69,6 +73,10 @@ pub struct Config {
     pub capacity: toml::Table,
     /// How far limits may be overbooked.
     pub overbook: OverbookConfig,
+    /// The defaults of what a sliver's pools do not name: a profile of `docs/rspec.md`.
+    pub default_profile: String,
+    /// The owner's own sliver.
+    pub site_admin: SiteAdminConfig,
     /// CPU shares of 1000 that are kept for the node's own services.
     pub host_cpu_shares: u64,
     /// The slivers' network.
@@ -113,6 +121,26 @@ impl Default for OverbookConfig {
         Self {
             memory: 2.0,
             disk: 10.0,
+        }
+    }
+}
+
+/// `site_admin`, the owner's own sliver (architecture paper, section 5.2.3): there is one when there is a key
+/// that can log in to it.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SiteAdminConfig {
+    /// Keys of the site's technical and administrative contacts, as in an authorized_keys file.
+    pub keys: PathBuf,
+    /// Its resources, in per cent of the node where wanted.
+    pub rspec: toml::Table,
+}
+
+impl Default for SiteAdminConfig {
+    fn default() -> Self {
+        Self {
+            keys: "/etc/mandoline/node/site_admin.keys".into(),
+            rspec: toml::Table::new(),
         }
     }
 }
@@ -205,6 +233,8 @@ impl Default for Config {
             vm_type_names: BTreeMap::new(),
             capacity: toml::Table::new(),
             overbook: OverbookConfig::default(),
+            default_profile: MANDOLINE.name.to_owned(),
+            site_admin: SiteAdminConfig::default(),
             host_cpu_shares: 100,
             network: NetConfig::default(),
             kvm: kvm::KvmConfig::default(),
@@ -273,6 +303,8 @@ impl Config {
                 );
             }
         }
+        self.profile()?;
+        self.site_admin()?;
         self.node_rate()?;
         self.capacity()?;
         Ok(())
@@ -317,6 +349,55 @@ impl Config {
             mtu: network.mtu,
             ..NetworkConfig::default()
         })
+    }
+
+    /// The defaults of what a sliver's pools do not name.
+    pub fn profile(&self) -> Result<Profile, ConfigError> {
+        Profile::named(&self.default_profile).map_err(|error| ConfigError::Value {
+            setting: "default_profile".to_owned(),
+            value: self.default_profile.clone(),
+            message: error.to_string(),
+        })
+    }
+
+    /// The owner's own sliver, if there are keys for it.
+    pub fn site_admin(&self) -> Result<Option<Entry>, ConfigError> {
+        let admin = &self.site_admin;
+        let text = match std::fs::read_to_string(&admin.keys) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => {
+                return Err(ConfigError::File {
+                    path: admin.keys.clone(),
+                    source,
+                });
+            }
+        };
+        let lines = text.lines().map(str::trim);
+        let keys: Vec<&str> = lines
+            .filter(|line| !line.is_empty() && !line.starts_with('#'))
+            .collect();
+        if keys.is_empty() {
+            return Ok(None);
+        }
+        let value = |message: String| ConfigError::Value {
+            setting: "site_admin".to_owned(),
+            value: admin.keys.display().to_string(),
+            message,
+        };
+        let mut rspec = serde_json::to_value(&admin.rspec).map_err(|e| value(e.to_string()))?;
+        if let Some(fields) = rspec.as_object_mut() {
+            fields.entry("vm_type").or_insert_with(|| KVM_MICROVM.into());
+            fields.insert("keys".to_owned(), keys.into());
+        }
+        let slice: SliceId = SITE_ADMIN
+            .parse()
+            .map_err(|e: mandoline_rspec::NameError| value(e.to_string()))?;
+        Ok(Some(Entry {
+            bind: Some(slice.clone()),
+            slice,
+            rspec,
+        }))
     }
 
     /// How far limits may be overbooked.
@@ -392,6 +473,7 @@ mod tests {
             ("local_names = [\"a.b_c\"]", "a.b_c"),
             ("local_names = [\"A\"]", "slice name"),
             ("[overbook]\nmemory = 0", "overbook.memory"),
+            ("default_profile = \"plc\"", "planetlab-paper"),
         ] {
             let message = match toml::from_str::<Config>(text) {
                 Ok(config) => config.check().unwrap_err().to_string(),

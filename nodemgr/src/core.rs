@@ -13,16 +13,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use jiff::Timestamp;
 use mandoline_api::nodemgr::{
-    ErrorBody, ErrorKind, Initscript, ListAnswer, NodeInfo, PoolInfo, RspecAnswer, SliverEvent, SliverInfo,
-    SliverState, VmId,
+    Actuator, ErrorBody, ErrorKind, Initscript, ListAnswer, LoansAnswer, NodeInfo, OwnerScript, PolicyAnswer,
+    PoolInfo, RspecAnswer, SliverEvent, SliverInfo, SliverState, VmId,
 };
 use mandoline_rspec::{ATTRIBUTE_TABLE_VERSION, Rcap};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use crate::caller::Caller;
 use crate::events::EventHub;
-use crate::ops::{self, Op, OpResult, Operation, Rules};
+use crate::ops::{self, Op, OpResult, Operation, Rules, Use};
 use crate::owner;
 use crate::secret::{RcapIndex, Secret};
 use crate::state::{Change, Sliver, State};
@@ -54,6 +55,9 @@ pub struct Key {
     pub request: String,
 }
 
+/// Tells the time by which time bounds act.
+pub type Clock = Arc<dyn Fn() -> Timestamp + Send + Sync>;
+
 /// The node manager.
 pub struct Core {
     /// What operations go by.
@@ -64,6 +68,9 @@ pub struct Core {
     pub events: EventHub,
     /// Rung when slivers come or go: the node's accounts are to be written.
     pub accounts_bell: Notify,
+    /// What all slivers together may send now, in bit/s: the owner can bound it while they run.
+    pub node_rate: watch::Sender<Option<u64>>,
+    clock: Clock,
     secret: Secret,
     inner: Mutex<Inner>,
     wakers: Mutex<BTreeMap<VmId, Arc<Waker>>>,
@@ -77,7 +84,16 @@ pub fn unix_ns() -> u64 {
 
 impl Core {
     /// A node manager on what a store holds.
-    pub fn new(rules: Rules, registry: Registry, secret: Secret, store: Store, loaded: Loaded) -> Self {
+    pub fn new(
+        rules: Rules,
+        registry: Registry,
+        secret: Secret,
+        store: Store,
+        mut loaded: Loaded,
+        clock: Clock,
+    ) -> Self {
+        loaded.state.profile = rules.profile;
+        let node_rate = watch::Sender::new(loaded.state.capacity.number("burst_rate"));
         let index = RcapIndex::new(&secret, &loaded.state);
         let inner = Inner {
             state: loaded.state,
@@ -90,6 +106,8 @@ impl Core {
             registry,
             events: EventHub::new(loaded.starts),
             accounts_bell: Notify::new(),
+            node_rate,
+            clock,
             secret,
             inner: Mutex::new(inner),
             wakers: Mutex::new(BTreeMap::new()),
@@ -109,8 +127,12 @@ impl Core {
         key: Option<Key>,
     ) -> OpResult<Outcome> {
         let since = monotonic_ns();
+        let used = match &operation {
+            Operation::Resize(rcap, _) | Operation::Release(rcap) => self.use_of(rcap).await,
+            _ => None,
+        };
         let core = Arc::clone(self);
-        let work = move || core.execute_now(&caller, &operation, key, since);
+        let work = move || core.execute_now(&caller, &operation, used.as_ref(), key, since);
         match tokio::task::spawn_blocking(work).await {
             Ok((outcome, touched)) => {
                 for vm_id in touched {
@@ -125,10 +147,33 @@ impl Core {
         }
     }
 
+    /// What the sliver uses that a pool is bound to.
+    async fn use_of(&self, rcap: &Rcap) -> Option<Use> {
+        let sliver = {
+            let inner = self.lock();
+            let pool = inner.index.find(&self.secret, &inner.state, rcap)?;
+            inner.state.slivers.get(&pool.bound?)?.clone()
+        };
+        let backend = self.registry.get(&sliver.vm_type)?;
+        // One that does not run may have no figures: then nothing of it is in use.
+        let stats = backend.stats(sliver.vm_id).await.unwrap_or_default();
+        Some(Use {
+            memory: stats.memory,
+            disk: stats.disk,
+            capabilities: backend.info().capabilities,
+        })
+    }
+
+    /// The time by the node manager's clock.
+    pub fn now(&self) -> Timestamp {
+        (self.clock)()
+    }
+
     fn execute_now(
         &self,
         caller: &Caller,
         operation: &Operation,
+        used: Option<&Use>,
         key: Option<Key>,
         since: u64,
     ) -> (OpResult<Outcome>, Vec<VmId>) {
@@ -149,6 +194,8 @@ impl Core {
             secret: &self.secret,
             index,
             state,
+            now: self.now(),
+            used,
             change: state.change(),
         };
         let outcome = match op.perform(operation) {
@@ -203,7 +250,13 @@ impl Core {
                 inner.index.insert(&self.secret, new);
             }
         }
+        let decides = delta.policy.is_some();
         inner.state.apply(delta);
+        if decides {
+            let rate = inner.state.capacity.number("burst_rate");
+            self.node_rate
+                .send_if_modified(|now| std::mem::replace(now, rate) != rate);
+        }
         Ok(())
     }
 
@@ -239,8 +292,14 @@ impl Core {
         }
     }
 
-    /// Applies the owner's script.
-    pub fn apply_script(&self, entries: &[owner::Entry]) -> Result<(), ErrorBody> {
+    /// The owner's script as it stands at the start: the one that came over the socket, or the file's.
+    pub fn script_at_start(&self, path: &std::path::Path) -> Result<Option<OwnerScript>, owner::ScriptError> {
+        owner::at_start(path, &self.lock().state.policy)
+    }
+
+    /// Applies the owner's script; without one, only the owner's own sliver is seen to. Gives how many root
+    /// pools it names.
+    pub fn apply_script(&self, script: Option<&OwnerScript>) -> Result<usize, ErrorBody> {
         let mut inner = self.lock();
         let Inner { state, index, .. } = &*inner;
         let mut op = Op {
@@ -249,23 +308,28 @@ impl Core {
             secret: &self.secret,
             index,
             state,
+            now: self.now(),
+            used: None,
             change: state.change(),
         };
-        owner::apply(&mut op, entries)?;
+        let pools = match script {
+            Some(script) => op.run_script(script)?,
+            None => owner::apply(&mut op, &[], false)?,
+        };
         let delta = op.change.into_delta();
-        if delta.is_empty() {
-            return Ok(());
+        if !delta.is_empty() {
+            self.write(&mut inner, delta, None).map_err(|error| {
+                tracing::error!(%error, "owner's script not recorded");
+                internal()
+            })?;
         }
-        self.write(&mut inner, delta, None).map_err(|error| {
-            tracing::error!(%error, "owner's script not recorded");
-            internal()
-        })
+        Ok(pools.len())
     }
 
-    /// Lets what is past its time return.
+    /// Lets time act: what begins counts, what is past its end returns.
     pub async fn expire(self: &Arc<Self>) {
-        let now = jiff::Timestamp::now();
-        for vm_id in self.alter_async(move |change| ops::expire(change, now)).await {
+        let now = self.now();
+        for vm_id in self.alter_async(move |change| ops::pass(change, now)).await {
             self.wake(vm_id, None);
         }
     }
@@ -300,9 +364,13 @@ impl Core {
             .await;
     }
 
-    /// The ids of all slivers that are recorded.
+    /// The ids of all slivers that are recorded, the owner's own first.
     pub fn recorded(&self) -> Vec<VmId> {
-        self.lock().state.slivers.keys().copied().collect()
+        let inner = self.lock();
+        let own = self.rules.site_admin.as_ref().map(|admin| &admin.slice);
+        let mut slivers: Vec<&Sliver> = inner.state.slivers.values().collect();
+        slivers.sort_by_key(|sliver| Some(&sliver.slice) != own);
+        slivers.iter().map(|sliver| sliver.vm_id).collect()
     }
 
     /// What is recorded of a sliver.
@@ -312,7 +380,7 @@ impl Core {
 
     /// What a backend needs to know of a sliver.
     pub fn spec(&self, sliver: &Sliver) -> SliverSpec {
-        let rspec = self.lock().state.change().sliver_rspec(sliver);
+        let rspec = self.lock().state.change().effective_rspec(sliver);
         SliverSpec {
             vm_id: sliver.vm_id,
             index: sliver.index,
@@ -426,7 +494,7 @@ impl Core {
         let change = inner.state.change();
         let sliver = pool.bound.and_then(|vm_id| inner.state.slivers.get(&vm_id));
         let rspec = match sliver {
-            Some(sliver) if sliver.pools.first() == Some(&pool.id) => change.sliver_rspec(sliver),
+            Some(sliver) if sliver.pools.first() == Some(&pool.id) => change.effective_rspec(sliver),
             Some(_) => pool.granted.clone(),
             None => change.rest(pool),
         };
@@ -467,7 +535,7 @@ impl Core {
             let pool = inner.state.pools.get(sliver.pools.first()?)?;
             (sees(&pool.holder) || sees(&sliver.slice)).then(|| SliverInfo {
                 rcap: self.secret.rcap(pool.id, pool.epoch),
-                rspec: change.sliver_rspec(sliver),
+                rspec: change.effective_rspec(sliver),
                 account: self.rules.account(&sliver.slice),
                 event: self.event_of(sliver),
             })
@@ -476,6 +544,48 @@ impl Core {
             pools,
             slivers: slivers.collect(),
         })
+    }
+
+    /// `policy`: what the owner has decided, for those who may decide some of it.
+    pub fn policy(&self, caller: &Caller) -> OpResult<PolicyAnswer> {
+        let policy = &self.lock().state.policy;
+        let services = &self.rules.services;
+        let decides = |actuator: &Actuator| policy.may(services, caller, *actuator);
+        if ![Actuator::NodeLimit, Actuator::Deny, Actuator::RootPools]
+            .iter()
+            .any(decides)
+        {
+            let message = format!("{caller} may not see what the owner has decided");
+            return Err(ErrorBody::new(ErrorKind::Forbidden, message)
+                .allowed("the owner, and who may decide some of it"));
+        }
+        Ok(PolicyAnswer {
+            node_limit: policy.node_limit.clone(),
+            grants: policy.all_grants(services),
+            denials: policy.denials.clone(),
+        })
+    }
+
+    /// Whether a caller may use a control of the node.
+    pub fn may(&self, caller: &Caller, actuator: Actuator) -> bool {
+        let inner = self.lock();
+        inner.state.policy.may(&self.rules.services, caller, actuator)
+    }
+
+    /// `get_loans`, for who may act for the slice.
+    pub fn loans(&self, caller: &Caller, slice: &str) -> OpResult<LoansAnswer> {
+        let inner = self.lock();
+        let op = Op {
+            caller,
+            rules: &self.rules,
+            secret: &self.secret,
+            index: &inner.index,
+            state: &inner.state,
+            now: self.now(),
+            used: None,
+            change: inner.state.change(),
+        };
+        op.loans_of(slice)
     }
 
     /// `GET /v1/node`.

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use mandoline_limits::Rate;
 use mandoline_rspec::Rspec;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
@@ -15,12 +16,12 @@ use tokio::time::MissedTickBehavior;
 
 use crate::cgroup::Tree;
 use crate::config::{Config, ConfigError};
-use crate::core::{Core, unix_ns};
+use crate::core::{Clock, Core, unix_ns};
 use crate::http::{self, Channel};
 use crate::kvm::Kvm;
 use crate::net::{NetError, Network};
 use crate::ops::Rules;
-use crate::owner::{self, ScriptError};
+use crate::owner::ScriptError;
 use crate::secret::{Secret, SecretError};
 use crate::services::{Dispatcher, Streams};
 use crate::store::{Store, StoreError};
@@ -79,6 +80,23 @@ pub fn open_core(
     registry: Registry,
     max_slivers: u16,
 ) -> Result<Arc<Core>, StartError> {
+    open_core_at(
+        config,
+        node,
+        registry,
+        max_slivers,
+        Arc::new(jiff::Timestamp::now),
+    )
+}
+
+/// Like [`open_core`], with another clock.
+pub fn open_core_at(
+    config: &Config,
+    node: Rspec,
+    registry: Registry,
+    max_slivers: u16,
+    clock: Clock,
+) -> Result<Arc<Core>, StartError> {
     let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
     let mut vm_types: std::collections::BTreeMap<String, String> = registry
         .iter()
@@ -90,12 +108,16 @@ pub fn open_core(
         local_names: config.local_names.clone(),
         services: config.services(&passwd),
         vm_types,
+        default_vm_types: std::collections::BTreeMap::new(),
         overbook: config.overbook(),
         max_slivers,
+        profile: config.profile()?,
+        owner_script: config.owner_script.clone(),
+        site_admin: config.site_admin()?,
     };
     let secret = Secret::open(&config.state_dir.join("secret"))?;
     let (store, loaded) = Store::open(&config.state_dir.join("nodemgr.redb"), node, unix_ns())?;
-    Ok(Arc::new(Core::new(rules, registry, secret, store, loaded)))
+    Ok(Arc::new(Core::new(rules, registry, secret, store, loaded, clock)))
 }
 
 /// Makes the directories that the node manager needs.
@@ -120,17 +142,18 @@ pub fn make_directories(config: &Config) -> Result<(), StartError> {
 /// Applies the owner's script. A script that cannot be read or fulfilled changes nothing and is loud: slivers
 /// that run are not to suffer from an owner's typing error.
 pub fn apply_script(core: &Core, path: &Path) {
-    match owner::read(path, &core.rules) {
-        Ok(None) => tracing::info!(script = %path.display(), "no owner's script"),
-        Ok(Some(entries)) => match core.apply_script(&entries) {
-            Ok(()) => {
-                tracing::info!(script = %path.display(), pools = entries.len(), "owner's script applied")
-            }
-            Err(error) => {
-                tracing::error!(script = %path.display(), %error, "owner's script not applied: nothing changed")
-            }
-        },
-        Err(error) => tracing::error!(%error, "owner's script not applied: nothing changed"),
+    let script = match core.script_at_start(path) {
+        Ok(script) => script,
+        Err(error) => return tracing::error!(%error, "owner's script not applied: nothing changed"),
+    };
+    if script.is_none() {
+        tracing::info!(script = %path.display(), "no owner's script");
+    }
+    match core.apply_script(script.as_ref()) {
+        Ok(pools) => tracing::info!(script = %path.display(), pools, "owner's script applied"),
+        Err(error) => {
+            tracing::error!(script = %path.display(), %error, "owner's script not applied: nothing changed")
+        }
     }
 }
 
@@ -156,7 +179,7 @@ pub async fn run(config: Config, stop: watch::Receiver<bool>) -> Result<(), Star
     let services = Arc::new(services);
     let kvm = Arc::new(Kvm::new(
         config.kvm.clone(),
-        network,
+        network.clone(),
         Arc::clone(&tree),
         Arc::clone(&services),
         directories,
@@ -186,6 +209,7 @@ pub async fn run(config: Config, stop: watch::Receiver<bool>) -> Result<(), Star
         tokio::spawn(tick(Arc::clone(&core), Arc::clone(&kvm), tree)),
         tokio::spawn(async move { kvm.prepare().await }),
         tokio::spawn(serve_slivers(Arc::clone(&core), nm_streams)),
+        tokio::spawn(bound_node(Arc::clone(&core), network)),
     ];
     tracing::info!(version = env!("CARGO_PKG_VERSION"), run_dir = %config.run_dir.display(), "ready");
     let result = serve(Arc::clone(&core), sockets, stop).await;
@@ -312,6 +336,28 @@ async fn tick(core: Arc<Core>, kvm: Arc<Kvm>, tree: Arc<Tree>) {
             tree.settle();
         };
         let _ = tokio::task::spawn_blocking(work).await;
+    }
+}
+
+/// Brings what all slivers together may send to what the owner lets the node send.
+async fn bound_node(core: Arc<Core>, network: Network) {
+    let mut rates = core.node_rate.subscribe();
+    rates.mark_changed();
+    while rates.changed().await.is_ok() {
+        let Some(bits) = *rates.borrow_and_update() else {
+            continue;
+        };
+        let result = match Rate::from_bits_per_second(bits) {
+            Ok(rate) => network
+                .set_node_rate(rate)
+                .await
+                .map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        match result {
+            Ok(()) => tracing::info!(bits, "the node's rate is set"),
+            Err(error) => tracing::error!(bits, error, "the node's rate is not set"),
+        }
     }
 }
 

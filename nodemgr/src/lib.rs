@@ -21,6 +21,7 @@ pub mod methods;
 pub mod net;
 pub mod ops;
 pub mod owner;
+pub mod policy;
 pub mod scs;
 pub mod secret;
 pub mod services;

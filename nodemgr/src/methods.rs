@@ -10,12 +10,13 @@ use mandoline_api::nodemgr::{
 };
 use mandoline_rspec::{Rcap, Rspec};
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value as Json};
 use sha2::{Digest, Sha256};
 
 use crate::caller::Caller;
 use crate::core::{Core, Key};
-use crate::ops::{OpResult, Operation};
+use crate::ops::{OpResult, Operation, SliceAction};
 use crate::store::Outcome;
 
 /// What an argument is.
@@ -27,6 +28,10 @@ pub enum Type {
     Rspec,
     /// Text.
     Text,
+    /// An object of its own shape.
+    Struct,
+    /// A list.
+    List,
 }
 
 impl Type {
@@ -34,7 +39,8 @@ impl Type {
     pub fn signature(self) -> &'static str {
         match self {
             Self::Rcap | Self::Text => "string",
-            Self::Rspec => "struct",
+            Self::Rspec | Self::Struct => "struct",
+            Self::List => "array",
         }
     }
 }
@@ -111,6 +117,8 @@ fn json<T: Serialize>(value: T) -> OpResult<Json> {
     })
 }
 
+const OWNER_SCRIPT: &str = "owner_script";
+
 /// Shorthand for an operation on one rcap.
 macro_rules! on_rcap {
     ($operation:ident) => {
@@ -121,6 +129,16 @@ macro_rules! on_rcap {
 const RCAP: (&str, Type) = ("rcap", Type::Rcap);
 const RSPEC: (&str, Type) = ("rspec", Type::Rspec);
 const SLICE: (&str, Type) = ("slice_name", Type::Text);
+
+/// Shorthand for what can be done to the sliver of a slice.
+macro_rules! on_slice {
+    ($action:ident) => {
+        |_, _, fields| {
+            let operation = Operation::OnSlice(SliceAction::$action, fields.text("slice_name")?);
+            Ok(Step::Change(operation))
+        }
+    };
+}
 
 /// All methods.
 pub static METHODS: &[Method] = &[
@@ -222,6 +240,121 @@ pub static METHODS: &[Method] = &[
         make: on_rcap!(Destroy),
     },
     Method {
+        name: "resize",
+        args: &[RCAP, RSPEC],
+        returns: "int",
+        help: "Gives a pool, and the sliver that it is bound to, other amounts of what the rspec names; the rest \
+               stays.",
+        make: |_, _, fields| {
+            let operation = Operation::Resize(fields.rcap("rcap")?, fields.rspec("rspec")?);
+            Ok(Step::Change(operation))
+        },
+    },
+    Method {
+        name: "start_slice",
+        args: &[SLICE],
+        returns: "int",
+        help: "start for the sliver of a slice, by the slice itself, its delegates, or who may stop all slivers.",
+        make: on_slice!(Start),
+    },
+    Method {
+        name: "stop_slice",
+        args: &[SLICE],
+        returns: "int",
+        help: "stop for the sliver of a slice, by the slice itself, its delegates, or who may stop all slivers.",
+        make: on_slice!(Stop),
+    },
+    Method {
+        name: "restart_slice",
+        args: &[SLICE],
+        returns: "int",
+        help: "restart for the sliver of a slice, by the slice itself, its delegates, or who may stop all slivers.",
+        make: on_slice!(Restart),
+    },
+    Method {
+        name: "destroy_slice",
+        args: &[SLICE],
+        returns: "int",
+        help: "destroy for the sliver of a slice, by the slice itself, its delegates or the owner.",
+        make: on_slice!(Destroy),
+    },
+    Method {
+        name: "get_loans",
+        args: &[SLICE],
+        returns: "struct",
+        help: "What a slice lends on this node, which loans wait, and what it has with all loans.",
+        make: |core, caller, fields| {
+            let loans = core.loans(caller, &fields.text("slice_name")?)?;
+            Ok(Step::Answer(Answer::Other(json(loans)?)))
+        },
+    },
+    Method {
+        name: "set_loans",
+        args: &[SLICE, ("loans", Type::List)],
+        returns: "int",
+        help: "Replaces all that a slice lends: a list of [recipient, resource, amount].",
+        make: |_, _, fields| {
+            let operation = Operation::SetLoans(fields.text("slice_name")?, fields.of("loans")?);
+            Ok(Step::Change(operation))
+        },
+    },
+    Method {
+        name: "set_node_limit",
+        args: &[RSPEC],
+        returns: "int",
+        help: "Bounds the node as a whole: what it sends, what its pools can hold.",
+        make: |_, _, fields| Ok(Step::Change(Operation::SetNodeLimit(fields.rspec("rspec")?))),
+    },
+    Method {
+        name: "deny",
+        args: &[SLICE, ("reason", Type::Text)],
+        returns: "int",
+        help: "Forbids a slice, or all of an authority: their slivers stop, and nothing is bound for them.",
+        make: |_, _, fields| {
+            let operation = Operation::Deny(fields.text("slice_name")?, fields.text("reason")?);
+            Ok(Step::Change(operation))
+        },
+    },
+    Method {
+        name: "allow",
+        args: &[SLICE],
+        returns: "int",
+        help: "Takes a denial back: what it stopped runs again.",
+        make: |_, _, fields| Ok(Step::Change(Operation::Allow(fields.text("slice_name")?))),
+    },
+    Method {
+        name: "grant",
+        args: &[SLICE, ("grant", Type::Struct)],
+        returns: "int",
+        help: "Replaces what a slice may do beyond its own pools: authorities, slices, vm_types, actuators. The owner only.",
+        make: |_, _, fields| {
+            let operation = Operation::Grant(fields.text("slice_name")?, fields.of("grant")?);
+            Ok(Step::Change(operation))
+        },
+    },
+    Method {
+        name: "revoke",
+        args: &[SLICE],
+        returns: "int",
+        help: "Takes away what a slice was granted. The owner only.",
+        make: |_, _, fields| Ok(Step::Change(Operation::Revoke(fields.text("slice_name")?))),
+    },
+    Method {
+        name: "policy",
+        args: &[],
+        returns: "struct",
+        help: "What the owner has decided: bounds of the node, grants, denials.",
+        make: |core, caller, _| Ok(Step::Answer(Answer::Other(json(core.policy(caller)?)?))),
+    },
+    Method {
+        name: OWNER_SCRIPT,
+        args: &[("script", Type::Text)],
+        returns: "array",
+        help: "Applies the owner's script, whole or not at all, and gives its pools' rcaps in order. In JSON, \
+               `pools`, `deny`, `grants` and `node_limit` may stand instead of `script`.",
+        make: |_, _, fields| Ok(Step::Change(Operation::OwnerScript(fields.rest()?))),
+    },
+    Method {
         name: "list",
         args: &[],
         returns: "struct",
@@ -267,6 +400,12 @@ pub async fn perform(
     Ok(match outcome {
         Outcome::Rcap { pool, epoch } => Answer::Rcap(core.rcap(pool, epoch)),
         Outcome::Vm { vm_id } => Answer::Vm(vm_id),
+        Outcome::Rcaps { pools } => Answer::Rcaps(
+            pools
+                .iter()
+                .map(|(pool, epoch)| core.rcap(*pool, *epoch))
+                .collect(),
+        ),
         Outcome::Done => Answer::Done,
     })
 }
@@ -305,6 +444,10 @@ impl Fields {
     }
 
     fn only(&self, method: &Method) -> OpResult<()> {
+        // Its parts beside `script` have no place in XML-RPC; what it has not is refused when it is read.
+        if method.name == OWNER_SCRIPT {
+            return Ok(());
+        }
         let is_foreign = |name: &&String| !method.args.iter().any(|(known, _)| known == name);
         match self.0.keys().find(is_foreign) {
             Some(name) => Err(ErrorBody {
@@ -340,6 +483,20 @@ impl Fields {
             attribute: Some(name.to_owned()),
             ..bad(error.to_string()).allowed("32 hexadecimal digits")
         })
+    }
+
+    /// A field of a shape of its own.
+    pub fn of<T: DeserializeOwned>(&mut self, name: &str) -> OpResult<T> {
+        serde_json::from_value(self.take(name)?).map_err(|error| ErrorBody {
+            attribute: Some(name.to_owned()),
+            ..bad(format!("`{name}` cannot be read: {error}"))
+        })
+    }
+
+    /// All fields together, as one thing.
+    pub fn rest<T: DeserializeOwned>(&mut self) -> OpResult<T> {
+        let fields = Json::Object(std::mem::take(&mut self.0));
+        serde_json::from_value(fields).map_err(|error| bad(format!("the request cannot be read: {error}")))
     }
 
     /// A field that is an rspec.

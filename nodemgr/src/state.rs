@@ -8,8 +8,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use mandoline_api::nodemgr::VmId;
-use mandoline_rspec::{Rspec, SliceId};
+use mandoline_rspec::{Loan, MANDOLINE, Profile, Rspec, SliceId, Unlent, with_loans};
 use serde::{Deserialize, Serialize};
+use serde_json::Value as Json;
+
+use crate::policy::Policy;
 
 /// A pool's number; never used twice.
 pub type PoolId = u64;
@@ -24,6 +27,8 @@ pub enum Origin {
     Owner,
     /// Split from a pool.
     Split(PoolId),
+    /// Taken by a slice from what the node had left.
+    Acquired,
 }
 
 /// Resources that somebody holds.
@@ -45,6 +50,15 @@ pub struct Pool {
     /// Withdrawn by the owner: it goes when its last child does.
     #[serde(default)]
     pub retired: bool,
+    /// Bound, though its `start_time` is to come: until then it adds nothing.
+    #[serde(default)]
+    pub waiting: bool,
+    /// Kept by the owner's script for a service of the host: nobody can fetch or split it.
+    #[serde(default)]
+    pub set_aside: bool,
+    /// As the owner's script has it, where that is in per cent of the node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub written: Option<Json>,
 }
 
 impl Pool {
@@ -96,13 +110,25 @@ pub struct Sliver {
     /// The host keys of its sshd, kept since they stay the same from start to start.
     #[serde(default)]
     pub ssh_host_keys: Vec<String>,
+    /// Stopped by the owner's denial, though it should run.
+    #[serde(default)]
+    pub held: bool,
+    /// What it lends to other slices of the node.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub loans: Vec<Loan>,
 }
 
 /// Everything, as the store holds it.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct State {
-    /// What the node has in all. Worked out at each start, not stored.
+    /// What was found on the node. Worked out at each start, not stored.
+    pub found: Rspec,
+    /// What the owner gives of it in all: what was found, within the owner's limit.
     pub capacity: Rspec,
+    /// The defaults of what a sliver's pools do not name. From the configuration, not stored.
+    pub profile: Profile,
+    /// What the owner has decided.
+    pub policy: Policy,
     /// Pools by number.
     pub pools: BTreeMap<PoolId, Pool>,
     /// Slivers by id.
@@ -118,6 +144,8 @@ pub struct State {
 #[derive(Debug)]
 pub struct Change<'a> {
     base: &'a State,
+    /// What the owner decides anew, and the capacity that follows.
+    policy: Option<(Policy, Rspec)>,
     /// Pools made or altered; none for a pool that goes.
     pub pools: BTreeMap<PoolId, Option<Pool>>,
     /// Slivers made or altered; none for a sliver that goes.
@@ -131,6 +159,8 @@ pub struct Change<'a> {
 /// A [`Change`] without its view of the state: what is to be written.
 #[derive(Debug, Default)]
 pub struct Delta {
+    /// What the owner has decided, if that changed.
+    pub policy: Option<Policy>,
     /// Pools made or altered; none for a pool that goes.
     pub pools: BTreeMap<PoolId, Option<Pool>>,
     /// Slivers made or altered; none for a sliver that goes.
@@ -144,18 +174,29 @@ pub struct Delta {
 impl Delta {
     /// True if nothing is altered.
     pub fn is_empty(&self) -> bool {
-        self.pools.is_empty() && self.slivers.is_empty()
+        self.pools.is_empty() && self.slivers.is_empty() && self.policy.is_none()
     }
 }
 
 impl State {
-    /// A state from what a store holds.
-    pub fn new(capacity: Rspec, pools: Vec<Pool>, slivers: Vec<Sliver>, next: (PoolId, VmId)) -> Self {
+    /// A state from what a store holds, on a node that has `found`.
+    pub fn new(
+        found: Rspec,
+        policy: Policy,
+        pools: Vec<Pool>,
+        slivers: Vec<Sliver>,
+        next: (PoolId, VmId),
+    ) -> Self {
         let mut state = Self {
-            capacity,
+            capacity: found.limited(&policy.node_limit),
+            found,
+            profile: MANDOLINE,
+            policy,
+            pools: BTreeMap::new(),
+            slivers: BTreeMap::new(),
             next_pool: next.0.max(1),
             next_vm: next.1.max(1),
-            ..Self::default()
+            children: BTreeMap::new(),
         };
         for pool in pools {
             state.next_pool = state.next_pool.max(pool.id + 1);
@@ -179,6 +220,7 @@ impl State {
     pub fn change(&self) -> Change<'_> {
         Change {
             base: self,
+            policy: None,
             pools: BTreeMap::new(),
             slivers: BTreeMap::new(),
             next_pool: self.next_pool,
@@ -188,6 +230,10 @@ impl State {
 
     /// Applies what was written.
     pub fn apply(&mut self, delta: Delta) {
+        if let Some(policy) = delta.policy {
+            self.capacity = self.found.limited(&policy.node_limit);
+            self.policy = policy;
+        }
         for (id, pool) in delta.pools {
             if let Some(old) = self.pools.remove(&id)
                 && let Some(parent) = old.parent()
@@ -217,6 +263,7 @@ impl<'a> Change<'a> {
     /// Ends the change: what is to be written.
     pub fn into_delta(self) -> Delta {
         Delta {
+            policy: self.policy.map(|(policy, _)| policy),
             pools: self.pools,
             slivers: self.slivers,
             next_pool: self.next_pool,
@@ -224,9 +271,26 @@ impl<'a> Change<'a> {
         }
     }
 
-    /// What the node has in all.
-    pub fn capacity(&self) -> &'a Rspec {
-        &self.base.capacity
+    /// What the owner gives of the node in all.
+    pub fn capacity(&self) -> &Rspec {
+        match &self.policy {
+            Some((_, capacity)) => capacity,
+            None => &self.base.capacity,
+        }
+    }
+
+    /// What the owner has decided.
+    pub fn policy(&self) -> &Policy {
+        match &self.policy {
+            Some((policy, _)) => policy,
+            None => &self.base.policy,
+        }
+    }
+
+    /// Records what the owner decides.
+    pub fn put_policy(&mut self, policy: Policy) {
+        let capacity = self.base.found.limited(&policy.node_limit);
+        self.policy = Some((policy, capacity));
     }
 
     /// A pool as the change leaves it.
@@ -294,7 +358,7 @@ impl<'a> Change<'a> {
 
     /// What is left of the node beside the root pools, as if `without` were not there.
     pub fn node_rest(&self, without: Option<PoolId>) -> Rspec {
-        let mut rest = self.base.capacity.clone();
+        let mut rest = self.capacity().clone();
         for pool in self
             .all_pools()
             .filter(|pool| pool.parent().is_none() && Some(pool.id) != without)
@@ -313,23 +377,73 @@ impl<'a> Change<'a> {
             bounds = bounds.bounded_by(&parent.granted);
             above = parent.parent();
         }
-        bounds.bounded_by(&self.base.capacity)
+        bounds.bounded_by(self.capacity())
     }
 
-    /// What a sliver has in all: its pools together, with the table's defaults where the first names nothing.
+    /// What a sliver was given in all: its pools together, none above what bounds it now, with the node's
+    /// defaults where the first names nothing.
     pub fn sliver_rspec(&self, sliver: &Sliver) -> Rspec {
         let mut pools = sliver.pools.iter().filter_map(|id| self.pool(*id));
         let Some(first) = pools.next() else {
             return Rspec::new();
         };
-        let mut rspec = first.granted.clone().with_defaults(&self.bounds(first));
-        for pool in pools {
+        let bounds = self.bounds(first);
+        let given = first.granted.clone();
+        let mut rspec = given
+            .with_profile(&self.base.profile, &bounds)
+            .bounded_by(&bounds);
+        for pool in pools.filter(|pool| !pool.waiting) {
             // A sum that overflows cannot come from pools that fit the node; bind has checked it.
-            if let Err(error) = rspec.add(&pool.granted) {
+            if let Err(error) = rspec.add(&pool.granted.clipped(&self.bounds(pool))) {
                 tracing::warn!(vm_id = sliver.vm_id, %error, "pool not added to the sliver's resources");
             }
         }
         rspec
+    }
+
+    /// The living sliver of a slice.
+    pub fn sliver_of(&self, slice: &SliceId) -> Option<&Sliver> {
+        self.all_slivers()
+            .find(|sliver| sliver.slice == *slice && sliver.wanted != Wanted::Destroyed)
+    }
+
+    /// What every living sliver has with all loans of the node, and the loans that move nothing now.
+    pub fn effective(&self) -> (BTreeMap<SliceId, Rspec>, Vec<Unlent>) {
+        let living = || {
+            self.all_slivers()
+                .filter(|sliver| sliver.wanted != Wanted::Destroyed)
+        };
+        let own = living()
+            .map(|s| (s.slice.clone(), self.sliver_rspec(s)))
+            .collect();
+        let loans = living().flat_map(|s| s.loans.iter().map(|loan| (&s.slice, loan)));
+        with_loans(&own, loans)
+    }
+
+    /// What a sliver has with all loans of the node.
+    pub fn effective_rspec(&self, sliver: &Sliver) -> Rspec {
+        let lends = |s: &Sliver| s.wanted != Wanted::Destroyed && !s.loans.is_empty();
+        if sliver.wanted == Wanted::Destroyed || !self.all_slivers().any(lends) {
+            return self.sliver_rspec(sliver);
+        }
+        let (mut effective, _) = self.effective();
+        effective
+            .remove(&sliver.slice)
+            .unwrap_or_else(|| self.sliver_rspec(sliver))
+    }
+
+    /// Counts a change of resources for every living sliver that has another rspec now than before.
+    pub fn touch_changed(&mut self) {
+        let before = self.base.change().effective().0;
+        let after = self.effective().0;
+        let differ = |sliver: &&Sliver| {
+            sliver.wanted != Wanted::Destroyed && before.get(&sliver.slice) != after.get(&sliver.slice)
+        };
+        let touched: Vec<Sliver> = self.all_slivers().filter(differ).cloned().collect();
+        for mut sliver in touched {
+            sliver.resizes += 1;
+            self.put_sliver(sliver);
+        }
     }
 
     /// Records a pool.

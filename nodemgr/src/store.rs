@@ -10,12 +10,14 @@ use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::policy::Policy;
 use crate::state::{Delta, Pool, PoolId, Sliver, State};
 
 const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
 const POOLS: TableDefinition<u64, &[u8]> = TableDefinition::new("pools");
 const SLIVERS: TableDefinition<u32, &[u8]> = TableDefinition::new("slivers");
 const ANSWERS: TableDefinition<&str, &[u8]> = TableDefinition::new("answers");
+const OWNER: TableDefinition<&str, &[u8]> = TableDefinition::new("owner");
 
 /// Layout of the file; another one is refused rather than misread.
 const FORMAT: u64 = 1;
@@ -72,6 +74,11 @@ pub enum Outcome {
     Vm {
         /// Its id.
         vm_id: VmId,
+    },
+    /// The rcaps of these pools, each with its epoch then.
+    Rcaps {
+        /// Pool and epoch.
+        pools: Vec<(PoolId, u32)>,
     },
     /// It is done.
     Done,
@@ -134,6 +141,7 @@ impl Store {
             let mut meta = transaction.open_table(META).map_err(|e| self.failed(e))?;
             transaction.open_table(POOLS).map_err(|e| self.failed(e))?;
             transaction.open_table(SLIVERS).map_err(|e| self.failed(e))?;
+            transaction.open_table(OWNER).map_err(|e| self.failed(e))?;
             let get = |key| Ok(meta.get(key).map_err(|e| self.failed(e))?.map(|v| v.value()));
             let format: Option<u64> = get("format")?;
             if let Some(found) = format.filter(|found| *found != FORMAT) {
@@ -192,9 +200,14 @@ impl Store {
                 self.record("answer", key.value(), value.value())?,
             );
         }
+        let table = transaction.open_table(OWNER).map_err(|e| self.failed(e))?;
+        let policy: Policy = match table.get("policy").map_err(|e| self.failed(e))? {
+            Some(value) => self.record("owner", "policy", value.value())?,
+            None => Policy::default(),
+        };
         let next_vm = u32::try_from(next_vm).unwrap_or(u32::MAX);
         Ok(Loaded {
-            state: State::new(capacity, pools, slivers, (next_pool, next_vm)),
+            state: State::new(capacity, policy, pools, slivers, (next_pool, next_vm)),
             answers,
             starts,
         })
@@ -237,6 +250,12 @@ impl Store {
                     Some(sliver) => drop(table.insert(*id, &*encode(sliver)?).map_err(|e| self.failed(e))?),
                     None => drop(table.remove(*id).map_err(|e| self.failed(e))?),
                 }
+            }
+            if let Some(policy) = &delta.policy {
+                let mut table = transaction.open_table(OWNER).map_err(|e| self.failed(e))?;
+                table
+                    .insert("policy", &*encode(policy)?)
+                    .map_err(|e| self.failed(e))?;
             }
             let mut table = transaction.open_table(ANSWERS).map_err(|e| self.failed(e))?;
             for key in forget {

@@ -242,7 +242,7 @@ impl Supervisor {
             return;
         }
         let spec = self.core.spec(sliver);
-        if let Some(wait) = not_yet(&spec) {
+        if let Some(wait) = not_yet(&spec, self.core.now()) {
             self.retry_at = Some(Instant::now() + wait);
             return;
         }
@@ -437,11 +437,11 @@ impl Supervisor {
 }
 
 /// How long until the sliver's `start_time`, if that is still to come.
-fn not_yet(spec: &SliverSpec) -> Option<Duration> {
+fn not_yet(spec: &SliverSpec, now: Timestamp) -> Option<Duration> {
     let Some(Value::Time(start)) = spec.rspec.get("start_time") else {
         return None;
     };
-    let wait = start.duration_since(Timestamp::now());
+    let wait = start.duration_since(now);
     // Looked at again at least once an hour: clocks are set.
     Duration::try_from(wait)
         .ok()

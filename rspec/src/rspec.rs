@@ -129,7 +129,7 @@ impl Rspec {
         }
     }
 
-    /// Sets an attribute to a value that is already typed.
+    /// Sets an attribute to a value that is already typed, as the table has it.
     pub(crate) fn put(&mut self, name: &str, value: Value) {
         self.values.insert(name.to_owned(), value);
     }
@@ -211,6 +211,40 @@ impl Rspec {
             });
         }
         Ok(())
+    }
+
+    /// With every named limit, weight and interval brought within `bounds`; what is not named stays so.
+    pub fn clipped(&self, bounds: &Rspec) -> Self {
+        let bounded = self.clone().bounded_by(bounds);
+        let mut clipped = self.clone();
+        for (name, value) in bounded.iter().filter(|(name, _)| self.get(name).is_some()) {
+            clipped.put(name, value.clone());
+        }
+        clipped
+    }
+
+    /// What is left of a node of this rspec under its owner's `limit`: no more of anything than it names, and
+    /// no more guaranteed bandwidth than may be sent at all.
+    pub fn limited(&self, limit: &Rspec) -> Self {
+        let mut limited = self.clone();
+        for attribute in ATTRIBUTES {
+            let value = match (self.get(attribute.name), limit.get(attribute.name)) {
+                (Some(Value::Number(have)), Some(Value::Number(most))) => Value::Number(*have.min(most)),
+                (Some(Value::Ports(have)), Some(Value::Ports(most))) => {
+                    let (mut kept, mut beyond) = (have.clone(), have.clone());
+                    beyond.subtract(most);
+                    kept.subtract(&beyond);
+                    Value::Ports(kept)
+                }
+                (None, Some(most)) if matches!(attribute.kind, Kind::Limit | Kind::Weight) => most.clone(),
+                _ => continue,
+            };
+            limited.put(attribute.name, value);
+        }
+        if let (Some(base), Some(burst)) = (limited.number("base_rate"), limited.number("burst_rate")) {
+            limited.put("base_rate", Value::Number(base.min(burst)));
+        }
+        limited
     }
 
     /// What binds this rspec when `outer` binds it too: the smaller of each limit and weight, the inner

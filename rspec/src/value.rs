@@ -128,6 +128,7 @@ impl Value {
             (Self::Number(number), Type::Rate { .. }) => units::format_rate(*number),
             (Self::Ports(ports), _) => ports.to_string(),
             (Self::Text(text), _) => text.clone(),
+            (Self::Time(time), _) => time.to_string(),
             (Self::Keys(keys), _) => format!("{} keys", keys.len()),
             (other, _) => other.to_json().to_string(),
         }

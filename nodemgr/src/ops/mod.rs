@@ -3,22 +3,31 @@
 //! Nothing here waits or touches the node: [`crate::core::Core`] writes the change down, and the slivers'
 //! supervisors bring the node to what is recorded.
 
+mod loans;
+mod policy;
 pub(crate) mod pools;
+mod resize;
 mod slivers;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
+mod time;
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
-use mandoline_api::nodemgr::{ErrorBody, ErrorKind};
-use mandoline_rspec::{AuthorityName, NameError, Rcap, Rspec, SliceId, SliceName};
+use jiff::Timestamp;
+use mandoline_api::nodemgr::{Actuator, ErrorBody, ErrorKind, Grant, OwnerScript};
+use mandoline_rspec::{AuthorityName, NameError, Profile, Rcap, Rspec, SliceId, SliceName};
 
 use crate::caller::{Caller, Services};
+use crate::owner;
 use crate::secret::{RcapIndex, Secret};
 use crate::state::{Change, Pool, State};
 use crate::store::Outcome;
 
-pub use slivers::{expire, gone, set_host_keys, set_stopped};
+pub use resize::Use;
+pub use slivers::{gone, set_host_keys, set_stopped};
+pub use time::pass;
 
 /// Result of an operation.
 pub type OpResult<T> = Result<T, ErrorBody>;
@@ -44,6 +53,37 @@ pub enum Operation {
     Restart(Rcap),
     /// `destroy(rcap)`.
     Destroy(Rcap),
+    /// `resize(rcap, rspec)`.
+    Resize(Rcap, Rspec),
+    /// `start_slice(slice_name)` and its like.
+    OnSlice(SliceAction, String),
+    /// `set_loans(slice_name, [(recipient, resource, amount)])`.
+    SetLoans(String, Vec<(String, String, u64)>),
+    /// `set_node_limit(rspec)`.
+    SetNodeLimit(Rspec),
+    /// `deny(slice_name, reason)`.
+    Deny(String, String),
+    /// `allow(slice_name)`.
+    Allow(String),
+    /// `grant(slice_name, grant)`.
+    Grant(String, Grant),
+    /// `revoke(slice_name)`.
+    Revoke(String),
+    /// `owner_script(script)`.
+    OwnerScript(OwnerScript),
+}
+
+/// What can be done to a slice's sliver by who may act for the slice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SliceAction {
+    /// `start_slice`.
+    Start,
+    /// `stop_slice`.
+    Stop,
+    /// `restart_slice`.
+    Restart,
+    /// `destroy_slice`.
+    Destroy,
 }
 
 /// How far the owner lets limits be overbooked: the sum of all slivers' limits over what the node has.
@@ -66,10 +106,18 @@ pub struct Rules {
     pub services: Services,
     /// Names of virtualisations that can be used, to the backend that does it.
     pub vm_types: BTreeMap<String, String>,
+    /// The virtualisation of slices whose pools name none: services of the host that the node manager runs.
+    pub default_vm_types: BTreeMap<SliceId, String>,
     /// How far limits may be overbooked.
     pub overbook: Overbook,
     /// Most slivers at once; their indices are 1 to this.
     pub max_slivers: u16,
+    /// The defaults of what a sliver's pools do not name.
+    pub profile: Profile,
+    /// The file with the owner's script.
+    pub owner_script: PathBuf,
+    /// The owner's own sliver, where it is wanted.
+    pub site_admin: Option<owner::Entry>,
 }
 
 impl Rules {
@@ -115,6 +163,10 @@ pub struct Op<'a> {
     pub index: &'a RcapIndex,
     /// The state before.
     pub state: &'a State,
+    /// The time.
+    pub now: Timestamp,
+    /// What the sliver uses that the operation is about, where that matters.
+    pub used: Option<&'a Use>,
     /// The change in the making.
     pub change: Change<'a>,
 }
@@ -137,6 +189,32 @@ impl Op<'_> {
             Operation::Stop(rcap) => self.stop(rcap),
             Operation::Restart(rcap) => self.restart(rcap),
             Operation::Destroy(rcap) => self.destroy(rcap),
+            Operation::Resize(rcap, rspec) => self.resize(rcap, rspec),
+            Operation::OnSlice(action, slice) => self.on_slice(*action, slice),
+            Operation::SetLoans(slice, loans) => self.set_loans(slice, loans),
+            Operation::SetNodeLimit(rspec) => self.set_node_limit(rspec),
+            Operation::Deny(slice, reason) => self.deny(slice, reason),
+            Operation::Allow(slice) => self.allow(slice),
+            Operation::Grant(slice, grant) => self.grant(slice, grant),
+            Operation::Revoke(slice) => self.revoke(slice),
+            Operation::OwnerScript(script) => self.owner_script(script),
+        }
+    }
+
+    /// Refuses a caller that may not use a control of the node.
+    fn needs(&self, actuator: Actuator, what: &str) -> OpResult<()> {
+        match self
+            .change
+            .policy()
+            .may(&self.rules.services, self.caller, actuator)
+        {
+            true => Ok(()),
+            false => Err(
+                forbidden(format!("{} may not {what}", self.caller)).allowed(format!(
+                    "the owner, and slices with a grant of the actuator `{}`",
+                    actuator.name()
+                )),
+            ),
         }
     }
 
@@ -170,5 +248,5 @@ pub fn pools_of<'a>(state: &'a State, slice: &'a SliceId) -> impl Iterator<Item 
     state
         .pools
         .values()
-        .filter(move |pool| pool.holder == *slice && pool.bound.is_none() && !pool.retired)
+        .filter(move |pool| pool.holder == *slice && pool.bound.is_none() && !pool.retired && !pool.set_aside)
 }

@@ -1,19 +1,16 @@
 //! Pools: made by the owner, split, given back.
 
-use mandoline_api::nodemgr::{ErrorBody, ErrorKind};
+use mandoline_api::nodemgr::{Actuator, ErrorBody, ErrorKind};
 use mandoline_rspec::{Rcap, Rspec, SliceId};
 
-use super::{Op, OpResult, conflict, forbidden, pools_of};
+use super::{Op, OpResult, conflict, pools_of};
 use crate::caller::Caller;
 use crate::state::{Origin, Pool};
 use crate::store::Outcome;
 
 impl Op<'_> {
     pub(super) fn create_root_pool(&mut self, rspec: &Rspec, slice: &str) -> OpResult<Outcome> {
-        if *self.caller != Caller::Owner {
-            return Err(forbidden(format!("{} may not create root pools", self.caller))
-                .allowed("the owner, on the owner's socket"));
-        }
+        self.needs(Actuator::RootPools, "create root pools")?;
         let holder = self.rules.slice(slice)?;
         self.new_root_pool(rspec, holder, Origin::Owner)
     }
@@ -40,6 +37,9 @@ impl Op<'_> {
             granted,
             bound: None,
             retired: false,
+            waiting: false,
+            set_aside: false,
+            written: None,
         });
         Outcome::Rcap { pool: id, epoch: 0 }
     }
@@ -55,11 +55,16 @@ impl Op<'_> {
                 conflict("the owner has no pool of its own to acquire from").allowed("create_root_pool")
             );
         };
-        let pool = pools_of(self.state, slice)
-            .next()
-            .cloned()
-            .ok_or_else(|| no_pool(slice))?;
-        self.split(&pool, want)
+        if let Some(pool) = pools_of(self.state, slice).next() {
+            return self.split(pool, want);
+        }
+        // Who holds no pool takes from what the node has left, if it is privileged (NSDI'04 paper, section
+        // 4.2.1).
+        let policy = self.change.policy();
+        match policy.may(&self.rules.services, self.caller, Actuator::Acquire) {
+            true => self.new_root_pool(want, slice.clone(), Origin::Acquired),
+            false => Err(no_pool(slice)),
+        }
     }
 
     fn split(&mut self, pool: &Pool, want: &Rspec) -> OpResult<Outcome> {
@@ -67,6 +72,11 @@ impl Op<'_> {
             return Err(
                 conflict(format!("the pool is bound to sliver {vm_id} and cannot be split"))
                     .allowed("a pool that is not bound"),
+            );
+        }
+        if pool.set_aside {
+            return Err(
+                conflict("the owner keeps this pool for a service of the node").allowed("another pool")
             );
         }
         if pool.retired {
@@ -93,8 +103,8 @@ impl Op<'_> {
             ))
             .allowed("releasing or destroying those first"));
         }
-        if pool.parent().is_none() && *self.caller != Caller::Owner {
-            return Err(forbidden("a root pool is the owner's to take away").allowed("the owner"));
+        if pool.parent().is_none() && pool.origin != Origin::Acquired {
+            self.needs(Actuator::RootPools, "take a root pool away")?;
         }
         match pool.bound.and_then(|vm_id| self.change.sliver(vm_id).cloned()) {
             Some(sliver) if sliver.pools.first() == Some(&pool.id) => Err(conflict(format!(
@@ -103,6 +113,7 @@ impl Op<'_> {
             ))
             .allowed("destroy, which gives the pool back too")),
             Some(mut sliver) => {
+                self.check_take_away(&pool, &sliver)?;
                 sliver.pools.retain(|id| *id != pool.id);
                 sliver.resizes += 1;
                 self.change.put_sliver(sliver);

@@ -2,56 +2,69 @@
 
 use std::collections::BTreeSet;
 
-use jiff::Timestamp;
-use mandoline_api::nodemgr::{ErrorBody, ErrorKind, VmId};
-use mandoline_rspec::{Rcap, Rspec, RspecError, SliceId, Value, format_bytes};
+use mandoline_api::nodemgr::{Actuator, ErrorBody, ErrorKind, VmId};
+use mandoline_rspec::{Rcap, RspecError, SliceId, format_bytes};
 
-use super::{Op, OpResult, conflict, forbidden};
-use crate::state::{Change, Pool, PoolId, Sliver, Wanted};
+use super::{Op, OpResult, SliceAction, conflict, forbidden, time};
+use crate::caller::Caller;
+use crate::state::{Change, Pool, Sliver, Wanted};
 use crate::store::Outcome;
 
 impl Op<'_> {
     pub(super) fn bind(&mut self, rcap: &Rcap, slice: &str) -> OpResult<Outcome> {
         let pool = self.pool(rcap)?;
         let slice = self.rules.slice(slice)?;
+        self.check_allowed(&slice)?;
         if let Some(vm_id) = pool.bound {
             return Err(
                 conflict(format!("the pool is bound to sliver {vm_id} already")).allowed("an unbound pool")
+            );
+        }
+        self.bind_pool(pool, slice)
+    }
+
+    /// Binds an unbound pool: makes the slice's VM, or adds to the one that is there.
+    pub(crate) fn bind_pool(&mut self, pool: Pool, slice: SliceId) -> OpResult<Outcome> {
+        if pool.set_aside {
+            return Err(
+                conflict("the owner keeps this pool for a service of the node").allowed("another pool")
             );
         }
         if pool.retired || self.change.children(pool.id).next().is_some() {
             return Err(conflict("the pool is withdrawn, or pools were split from it")
                 .allowed("a whole pool: split one off and bind that"));
         }
-        if let Some(Value::Time(end)) = pool.granted.get("end_time")
-            && *end <= Timestamp::now()
+        if let Some(end) = time::end(&self.change, &pool)
+            && end <= self.now
         {
             return Err(ErrorBody::from(RspecError::Invalid {
                 attribute: "end_time".to_owned(),
                 value: end.to_string(),
                 problem: "past",
-                allowed: "a time to come".to_owned(),
+                allowed: format!("a time after {}", self.now),
             }));
         }
-        let living = self
-            .change
-            .all_slivers()
-            .find(|s| s.slice == slice && s.wanted != Wanted::Destroyed);
-        match living.cloned() {
+        match self.change.sliver_of(&slice).cloned() {
             Some(sliver) => self.add(pool, sliver),
             None => self.create(pool, slice),
         }
     }
 
     fn create(&mut self, mut pool: Pool, slice: SliceId) -> OpResult<Outcome> {
-        if !self.rules.services.may_create(self.caller, &slice) {
-            return Err(
-                forbidden(format!("{} may not make a sliver for slice {slice}", self.caller)).allowed(
-                    "the owner, the slice itself, and services that the owner lets act for its authority",
-                ),
-            );
+        let by_default = self.rules.default_vm_types.get(&slice).map(String::as_str);
+        let named = pool.granted.vm_type().or(by_default);
+        // Who may not is told so before what is wrong with the rest.
+        let backend = named.and_then(|name| self.rules.vm_types.get(name).map(String::as_str));
+        let asked = backend.or(named).unwrap_or_default();
+        let policy = self.change.policy();
+        if !policy.may_create(&self.rules.services, self.caller, &slice, asked) {
+            return Err(forbidden(format!(
+                "{} may not make a sliver of vm_type {asked:?} for slice {slice}",
+                self.caller
+            ))
+            .allowed("the owner, the slice itself, and slices that the owner's grant lets do it"));
         }
-        let vm_type = self.backend(&pool.granted)?;
+        let vm_type = self.backend(named)?;
         let index = self.free_index()?;
         let vm_id = self.change.new_vm_id();
         let sliver = Sliver {
@@ -65,10 +78,14 @@ impl Op<'_> {
             resizes: 0,
             note: None,
             ssh_host_keys: Vec::new(),
+            held: false,
+            loans: Vec::new(),
         };
         pool.bound = Some(vm_id);
+        pool.waiting = time::start(&self.change, &pool).is_some_and(|start| start > self.now);
         self.change.put_pool(pool);
-        self.change.put_sliver(sliver);
+        self.change.put_sliver(sliver.clone());
+        self.change.sliver_rspec(&sliver).check_sliver()?;
         self.check_overbooking()?;
         Ok(Outcome::Vm { vm_id })
     }
@@ -76,8 +93,12 @@ impl Op<'_> {
     /// Adds a further pool to a living sliver.
     fn add(&mut self, mut pool: Pool, mut sliver: Sliver) -> OpResult<Outcome> {
         // The sum must be one that the sliver can have; after this nothing can go wrong with it.
-        self.change.sliver_rspec(&sliver).add(&pool.granted)?;
+        let mut sum = self.change.sliver_rspec(&sliver);
+        sum.add(&pool.granted)?;
+        sum.check_sliver()?;
+        self.renew(&pool, &sliver)?;
         pool.bound = Some(sliver.vm_id);
+        pool.waiting = time::start(&self.change, &pool).is_some_and(|start| start > self.now);
         sliver.pools.push(pool.id);
         sliver.resizes += 1;
         let vm_id = sliver.vm_id;
@@ -87,9 +108,9 @@ impl Op<'_> {
         Ok(Outcome::Vm { vm_id })
     }
 
-    fn backend(&self, rspec: &Rspec) -> OpResult<String> {
+    fn backend(&self, name: Option<&str>) -> OpResult<String> {
         let names = || self.rules.vm_types.keys().cloned().collect::<Vec<_>>().join(", ");
-        let Some(name) = rspec.vm_type() else {
+        let Some(name) = name else {
             let allowed = names();
             return Err(RspecError::Missing {
                 attribute: "vm_type".to_owned(),
@@ -121,7 +142,7 @@ impl Op<'_> {
     }
 
     /// Limits are not subtracted from pools, but the owner bounds how far their sum may pass the node.
-    fn check_overbooking(&self) -> OpResult<()> {
+    pub(super) fn check_overbooking(&self) -> OpResult<()> {
         let bounds = [
             ("mem_limit", self.rules.overbook.memory),
             ("disk_quota", self.rules.overbook.disk),
@@ -131,6 +152,7 @@ impl Op<'_> {
                 continue;
             };
             let bound = (capacity as f64 * factor) as u64;
+            // What binds is what the sum may be; a node that shrank under its slivers takes no more of them.
             let each = |sliver| self.change.sliver_rspec(sliver).number(attribute).unwrap_or(0);
             let sum = self
                 .change
@@ -180,36 +202,88 @@ impl Op<'_> {
     }
 
     pub(super) fn start(&mut self, rcap: &Rcap) -> OpResult<Outcome> {
-        let mut sliver = self.living_sliver(rcap)?;
-        sliver.wanted = Wanted::Running;
-        sliver.note = None;
-        self.change.put_sliver(sliver);
-        Ok(Outcome::Done)
+        let sliver = self.living_sliver(rcap)?;
+        self.act(SliceAction::Start, sliver)
     }
 
     pub(super) fn stop(&mut self, rcap: &Rcap) -> OpResult<Outcome> {
-        let mut sliver = self.living_sliver(rcap)?;
-        sliver.wanted = Wanted::Stopped;
-        sliver.note = None;
-        self.change.put_sliver(sliver);
-        Ok(Outcome::Done)
+        let sliver = self.living_sliver(rcap)?;
+        self.act(SliceAction::Stop, sliver)
     }
 
     pub(super) fn restart(&mut self, rcap: &Rcap) -> OpResult<Outcome> {
-        let mut sliver = self.living_sliver(rcap)?;
-        sliver.wanted = Wanted::Running;
-        sliver.note = None;
-        sliver.restarts += 1;
-        self.change.put_sliver(sliver);
-        Ok(Outcome::Done)
+        let sliver = self.living_sliver(rcap)?;
+        self.act(SliceAction::Restart, sliver)
     }
 
     pub(super) fn destroy(&mut self, rcap: &Rcap) -> OpResult<Outcome> {
-        let mut sliver = self.sliver(rcap)?;
-        sliver.wanted = Wanted::Destroyed;
+        let sliver = self.sliver(rcap)?;
+        self.act(SliceAction::Destroy, sliver)
+    }
+
+    /// `start_slice` and its like: for the slice itself, who it lets act for it, the owner, and who may stop
+    /// every sliver.
+    pub(super) fn on_slice(&mut self, action: SliceAction, slice: &str) -> OpResult<Outcome> {
+        let slice = self.rules.slice(slice)?;
+        let sliver = self.change.sliver_of(&slice).cloned();
+        let may_stop = self
+            .change
+            .policy()
+            .may(&self.rules.services, self.caller, Actuator::Stop);
+        let may = self.may_act_for(&slice, sliver.as_ref()) || (may_stop && action != SliceAction::Destroy);
+        if !may {
+            return Err(forbidden(format!("{} may not act for slice {slice}", self.caller)).allowed(
+                "the slice itself, slices that its attribute `delegations` names, the owner, and slices with \
+                 a grant of the actuator `stop`",
+            ));
+        }
+        let sliver = sliver.ok_or_else(|| no_sliver(&slice))?;
+        self.act(action, sliver)
+    }
+
+    /// Whether the caller is the slice, or one that it lets act for it.
+    pub(super) fn may_act_for(&self, slice: &SliceId, sliver: Option<&Sliver>) -> bool {
+        let delegates = |who: &SliceId| {
+            let rspec = sliver.map(|sliver| self.change.sliver_rspec(sliver));
+            let names = rspec.as_ref().and_then(|rspec| rspec.text("delegations"));
+            names
+                .into_iter()
+                .flat_map(|names| names.split(','))
+                .any(|name| self.rules.slice(name.trim()).is_ok_and(|name| name == *who))
+        };
+        match self.caller {
+            Caller::Owner => true,
+            Caller::Slice(who) => who == slice || delegates(who),
+            Caller::Stranger(_) => false,
+        }
+    }
+
+    fn act(&mut self, action: SliceAction, mut sliver: Sliver) -> OpResult<Outcome> {
+        if matches!(action, SliceAction::Start | SliceAction::Restart) {
+            self.check_allowed(&sliver.slice)?;
+        }
+        sliver.wanted = match action {
+            SliceAction::Start | SliceAction::Restart => Wanted::Running,
+            SliceAction::Stop => Wanted::Stopped,
+            SliceAction::Destroy => Wanted::Destroyed,
+        };
+        if action == SliceAction::Restart {
+            sliver.restarts += 1;
+        }
+        sliver.held = false;
+        sliver.note = None;
         self.change.put_sliver(sliver);
         Ok(Outcome::Done)
     }
+}
+
+/// The slice has no living sliver on this node.
+pub(crate) fn no_sliver(slice: &SliceId) -> ErrorBody {
+    ErrorBody::new(
+        ErrorKind::NotFound,
+        format!("slice {slice} has no sliver on this node"),
+    )
+    .allowed("a slice with a sliver here; list shows them")
 }
 
 /// Records that a sliver is destroyed and all it had is gone: its pools return to where they came from. A
@@ -223,6 +297,7 @@ pub fn gone(change: &mut Change<'_>, vm_id: VmId) {
         match change.pool(id).cloned() {
             Some(mut pool) if pool.parent().is_none() && !pool.retired => {
                 pool.bound = None;
+                pool.waiting = false;
                 pool.epoch += 1;
                 change.put_pool(pool);
             }
@@ -249,37 +324,5 @@ pub fn set_host_keys(change: &mut Change<'_>, vm_id: VmId, keys: &[String]) {
     {
         sliver.ssh_host_keys = keys.to_vec();
         change.put_sliver(sliver);
-    }
-}
-
-/// Lets what is past its `end_time` return: slivers are to be destroyed, added pools leave their sliver,
-/// pools from which nothing is split go.
-pub fn expire(change: &mut Change<'_>, now: Timestamp) {
-    let is_past = |pool: &Pool| matches!(pool.granted.get("end_time"), Some(Value::Time(end)) if *end <= now);
-    let past: Vec<PoolId> = change
-        .all_pools()
-        .filter(|pool| is_past(pool))
-        .map(|pool| pool.id)
-        .collect();
-    for id in past {
-        let Some(pool) = change.pool(id).cloned() else {
-            continue;
-        };
-        match pool.bound.and_then(|vm_id| change.sliver(vm_id).cloned()) {
-            Some(sliver) if sliver.wanted == Wanted::Destroyed => {}
-            Some(mut sliver) if sliver.pools.first() == Some(&id) => {
-                sliver.wanted = Wanted::Destroyed;
-                sliver.note = Some("its end_time has come".to_owned());
-                change.put_sliver(sliver);
-            }
-            Some(mut sliver) => {
-                sliver.pools.retain(|other| *other != id);
-                sliver.resizes += 1;
-                change.put_sliver(sliver);
-                change.remove_pool(id);
-            }
-            None if change.children(id).next().is_none() => change.remove_pool(id),
-            None => {}
-        }
     }
 }

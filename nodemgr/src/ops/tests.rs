@@ -73,12 +73,16 @@ fn want(amounts: &[u64; 3], port: u16, vm: bool) -> Rspec {
     Rspec::from_json(&json).unwrap()
 }
 
-fn rules() -> Rules {
+pub(crate) fn rules() -> Rules {
     Rules {
         default_authority: AuthorityName::new("plc").unwrap(),
         local_names: Vec::new(),
         services: Services::default(),
         vm_types: BTreeMap::from([("test-vm".to_owned(), "test-vm".to_owned())]),
+        default_vm_types: BTreeMap::new(),
+        profile: mandoline_rspec::MANDOLINE,
+        owner_script: PathBuf::new(),
+        site_admin: None,
         overbook: Overbook {
             memory: 1.0,
             disk: 1.0,
@@ -124,6 +128,8 @@ impl Machine {
             secret: &self.secret,
             index: &index,
             state: &self.state,
+            now: Timestamp::now(),
+            used: None,
             change: self.state.change(),
         };
         let outcome = op.perform(operation)?;

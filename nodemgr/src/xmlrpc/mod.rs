@@ -118,7 +118,8 @@ fn finish(caller: &Caller, name: &str, outcome: OpResult<Json>) -> Result<Json, 
 fn fits(wanted: Type, value: &Value) -> bool {
     match wanted {
         Type::Rcap | Type::Text => matches!(value, Value::String(_)),
-        Type::Rspec => matches!(value, Value::Struct(_)),
+        Type::Rspec | Type::Struct => matches!(value, Value::Struct(_)),
+        Type::List => matches!(value, Value::Array(_)),
     }
 }
 

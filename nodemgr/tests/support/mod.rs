@@ -7,10 +7,13 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use mandoline_api::nodemgr::{Events, NodeManager, SliverEvent, SliverState, VmId, VmTypeInfo};
-use mandoline_nodemgr::config::{Config, ServiceConfig};
-use mandoline_nodemgr::core::Core;
+use mandoline_api::nodemgr::{ErrorBody, Events, NodeManager, SliverEvent, SliverState, VmId, VmTypeInfo};
+use mandoline_nodemgr::caller::Caller;
+use mandoline_nodemgr::config::{Config, ServiceConfig, SiteAdminConfig};
+use mandoline_nodemgr::core::{Clock, Core};
 use mandoline_nodemgr::daemon::{self, Sockets};
+use mandoline_nodemgr::ops::Operation;
+use mandoline_nodemgr::store::Outcome;
 use mandoline_nodemgr::vm_type::{Exit, Failure, Registry, Report, Reports, SliverSpec, Stats, VmType, Work};
 use mandoline_rspec::{AuthorityName, Rspec, SliceName};
 use serde_json::{Value, json};
@@ -31,6 +34,8 @@ pub struct World {
     pub resizes: Vec<Rspec>,
     pub stops_with_grace: u32,
     pub next_starts_fail: Vec<Failure>,
+    pub stats: Stats,
+    pub capabilities: Vec<String>,
 }
 
 /// The backend.
@@ -63,7 +68,7 @@ impl VmType for TestBackend {
             name: TEST_VM.into(),
             available: true,
             detail: None,
-            capabilities: vec![],
+            capabilities: self.world().capabilities.clone(),
         }
     }
 
@@ -129,7 +134,7 @@ impl VmType for TestBackend {
     }
 
     fn stats(&self, _: VmId) -> Work<'_, Stats> {
-        done(Ok(Stats::default()))
+        done(Ok(self.world().stats))
     }
 
     fn snapshot<'a>(&'a self, _: VmId, _: &'a Path) -> Work<'a, ()> {
@@ -200,6 +205,11 @@ pub fn config(dir: &Path) -> Config {
         state_dir: dir.join("state"),
         run_dir: dir.join("run"),
         log_dir: dir.join("log"),
+        owner_script: dir.join("owner"),
+        site_admin: SiteAdminConfig {
+            keys: dir.join("site_admin.keys"),
+            ..SiteAdminConfig::default()
+        },
         services: BTreeMap::from([(SliceName::new("pl_conf").unwrap(), service)]),
         vm_type_names: BTreeMap::from([("linux_vserver".to_owned(), TEST_VM.to_owned())]),
         ..Config::default()
@@ -213,10 +223,16 @@ impl Node {
     }
 
     pub async fn start_with(config: Config, backend: &TestBackend) -> Self {
+        Self::start_at(config, backend, Arc::new(jiff::Timestamp::now)).await
+    }
+
+    /// With a clock of the test's own; the owner's script is applied as at each boot.
+    pub async fn start_at(config: Config, backend: &TestBackend, clock: Clock) -> Self {
         daemon::make_directories(&config).unwrap();
         let mut registry = Registry::default();
         registry.add(Arc::new(backend.clone()));
-        let core = daemon::open_core(&config, capacity(), registry, 100).unwrap();
+        let core = daemon::open_core_at(&config, capacity(), registry, 100, clock).unwrap();
+        daemon::apply_script(&core, &config.owner_script);
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
@@ -253,6 +269,31 @@ impl Node {
         tokio::task::spawn_blocking(move || runtime.shutdown_timeout(Duration::from_secs(20)))
             .await
             .unwrap();
+    }
+
+    /// Does an operation as the owner.
+    pub async fn owner_does(&self, operation: Operation) -> Result<Outcome, ErrorBody> {
+        self.does(Caller::Owner, operation).await
+    }
+
+    /// On the node's own runtime, so that what it starts ends with the node.
+    async fn does(&self, caller: Caller, operation: Operation) -> Result<Outcome, ErrorBody> {
+        let core = Arc::clone(&self.core);
+        let work = async move { core.execute(caller, operation, None).await };
+        self.runtime.as_ref().unwrap().spawn(work).await.unwrap()
+    }
+
+    /// Does an operation as the sliver of a slice.
+    pub async fn slice_does(&self, slice: &str, operation: Operation) -> Result<Outcome, ErrorBody> {
+        let caller = Caller::Slice(self.core.rules.slice(slice).unwrap());
+        self.does(caller, operation).await
+    }
+
+    /// What a slice's living sliver has.
+    pub async fn has(&self, slice: &str) -> Rspec {
+        let list = self.owner.list().await.unwrap();
+        let found = list.slivers.iter().find(|sliver| sliver.event.slice == slice);
+        found.unwrap().rspec.clone()
     }
 
     /// Makes a root pool for the test's service and fetches its rcap.
