@@ -314,7 +314,7 @@ impl Core {
         };
         let pools = match script {
             Some(script) => op.run_script(script)?,
-            None => owner::apply(&mut op, &[], false)?,
+            None => op.owners_sliver()?,
         };
         let delta = op.change.into_delta();
         if !delta.is_empty() {
@@ -574,8 +574,19 @@ impl Core {
 
     /// `get_loans`, for who may act for the slice.
     pub fn loans(&self, caller: &Caller, slice: &str) -> OpResult<LoansAnswer> {
+        self.ask(caller, |op| op.loans_of(slice))
+    }
+
+    /// Whether a caller may act for a slice that has a sliver here.
+    pub fn acts_for(&self, caller: &Caller, slice: &str) -> OpResult<bool> {
+        let slice = self.rules.slice(slice)?;
+        Ok(self.ask(caller, |op| op.may_act_for(&slice, op.change.sliver_of(&slice))))
+    }
+
+    /// Sees the state as an operation of the caller does.
+    fn ask<T>(&self, caller: &Caller, ask: impl FnOnce(&Op<'_>) -> T) -> T {
         let inner = self.lock();
-        let op = Op {
+        ask(&Op {
             caller,
             rules: &self.rules,
             secret: &self.secret,
@@ -584,8 +595,7 @@ impl Core {
             now: self.now(),
             used: None,
             change: inner.state.change(),
-        };
-        op.loans_of(slice)
+        })
     }
 
     /// `GET /v1/node`.

@@ -151,15 +151,9 @@ pub(crate) fn apply(op: &mut Op<'_>, entries: &[Entry], retire: bool) -> OpResul
     if retire {
         retire_missing(op, &wanted);
     }
-    // What shrinks comes first, so that one pool can grow by what another gives up.
-    let mut later = Vec::new();
+    // All take their place before anybody asks whether they fit: one may grow by what another gives up.
     for (entry, ordinal) in &wanted {
-        if find(op, &entry.slice, *ordinal).is_none() || place(op, entry, *ordinal).is_err() {
-            later.push((*entry, *ordinal));
-        }
-    }
-    for (entry, ordinal) in later {
-        place(op, entry, ordinal).map_err(|error| at(entry, ordinal, error))?;
+        place(op, entry, *ordinal).map_err(|error| at(entry, *ordinal, error))?;
     }
     let mut made = Vec::new();
     for (entry, ordinal) in &wanted {
@@ -206,45 +200,40 @@ fn retire_missing(op: &mut Op<'_>, wanted: &[(&Entry, u32)]) {
 /// Makes one root pool, or brings the one that is there to what the entry says.
 fn place(op: &mut Op<'_>, entry: &Entry, ordinal: u32) -> OpResult<()> {
     let (rspec, in_percent) = percent::resolve(&entry.rspec, op.change.capacity())?;
+    op.change.capacity().check_within(&rspec)?;
     let written = in_percent.then(|| entry.rspec.clone());
-    if find(op, &entry.slice, ordinal).is_none() {
-        op.new_root_pool(&rspec, entry.slice.clone(), Origin::Script(ordinal))?;
-    }
-    let Some(pool) = find(op, &entry.slice, ordinal) else {
-        return Ok(());
+    let id = match find(op, &entry.slice, ordinal) {
+        None => op.put_new_pool(Origin::Script(ordinal), entry.slice.clone(), rspec),
+        Some(pool) if pool.granted == rspec => pool.id,
+        Some(pool) => {
+            let id = pool.id;
+            op.put_resized(pool, rspec, false)?;
+            tracing::info!(slice = %entry.slice, ordinal, pool = id, "root pool resized");
+            id
+        }
     };
-    if pool.granted == rspec && pool.written == written && !pool.retired {
-        return Ok(());
-    }
-    let id = pool.id;
-    if pool.granted != rspec {
-        op.resize_pool(pool, rspec, false)?;
-        tracing::info!(slice = %entry.slice, ordinal, pool = id, "root pool resized");
-    }
-    if let Some(mut pool) = op.change.pool(id).cloned() {
-        pool.retired = false;
-        pool.written = written;
-        op.change.put_pool(pool);
+    match op.change.pool(id).cloned() {
+        Some(mut pool) if pool.retired || pool.written != written => {
+            pool.retired = false;
+            pool.written = written;
+            op.change.put_pool(pool);
+        }
+        _ => {}
     }
     Ok(())
 }
 
 /// Brings a pool that is in per cent of the node to what those are now.
 pub(crate) fn rescale(op: &mut Op<'_>, pool: &Pool) -> OpResult<()> {
-    let (Some(written), Some(pool)) = (&pool.written, op.change.pool(pool.id).cloned()) else {
+    let Some(written) = &pool.written else {
         return Ok(());
     };
     let (rspec, _) = percent::resolve(written, op.change.capacity())?;
-    match pool.granted == rspec {
-        true => Ok(()),
-        false => {
-            let (slice, id) = (pool.holder.clone(), pool.id);
-            op.resize_pool(pool, rspec, false).map_err(|mut error| {
-                error.message = format!("root pool {id} of slice {slice}: {}", error.message);
-                error
-            })
-        }
-    }
+    let (slice, id) = (pool.holder.clone(), pool.id);
+    op.put_resized(pool.clone(), rspec, false).map_err(|mut error| {
+        error.message = format!("root pool {id} of slice {slice}: {}", error.message);
+        error
+    })
 }
 
 /// Binds a pool of the script. A service that runs on the host beside the node manager has no VM to bind to:

@@ -389,18 +389,22 @@ async fn the_nodes_bounds_change_while_it_runs() {
         (
             json!({"burst_rate": "9 Mbit/s"}),
             "base_rate",
-            "at least 10 Mbit/s",
+            "at most 9 Mbit/s, what the node has",
         ),
-        (json!({"cpu_guarantee": 499}), "cpu_guarantee", "at least 500"),
+        (
+            json!({"cpu_guarantee": 499}),
+            "cpu_guarantee",
+            "at most 499, what the node has",
+        ),
         (
             json!({"mem_reserve": "1023 MiB"}),
             "mem_reserve",
-            "at least 1 GiB",
+            "at most 1023 MiB, what the node has",
         ),
         (
             json!({"ports": "tcp/80-88"}),
             "ports",
-            "with tcp/80-89, which slice pl_conf has",
+            "what the node has beside other root pools: tcp/80-88",
         ),
         (
             json!({"image": "debian"}),
@@ -678,4 +682,56 @@ async fn slices_lend_to_each_other_and_act_for_each_other() {
             .kind,
         ErrorKind::NotFound
     );
+}
+
+#[tokio::test]
+async fn all_of_it_over_the_sockets() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::start(dir.path(), &TestBackend::default()).await;
+    let (owner, scs) = (&node.owner, &node.scs);
+    let papers = OwnerScript {
+        script: Some(PAPERS.to_owned()),
+        ..OwnerScript::default()
+    };
+    let rcaps = owner.owner_script(&papers, Some("boot")).await.unwrap();
+    assert_eq!(owner.owner_script(&papers, Some("boot")).await.unwrap(), rcaps);
+    assert_eq!((rcaps.len(), &scs.get_rcap().await.unwrap()), (3, &rcaps[1]));
+    let (sliver, _) = node.sliver(&rcaps[1], "a_b", json!({"cpu_guarantee": 10})).await;
+    node.sliver(&rcaps[1], "a_c", json!({})).await;
+    scs.resize(&sliver, &guarantee(20), Some("more")).await.unwrap();
+    let loans = mandoline_api::nodemgr::SetLoans {
+        slice_name: "a_b".to_owned(),
+        loans: vec![("a_c".to_owned(), "cpu_pct".to_owned(), 1)],
+    };
+    owner.set_loans(&loans).await.unwrap();
+    let seen = owner.loans("a_b").await.unwrap();
+    assert_eq!(seen.effective.number("cpu_guarantee"), Some(10));
+    scs.on_slice("stop_slice", "a_b").await.unwrap();
+    owner.deny("a_c", "spam").await.unwrap();
+    owner
+        .set_node_limit(&rspec(json!({"burst_rate": "50 Mbit/s"})))
+        .await
+        .unwrap();
+    let grant = Grant {
+        actuators: BTreeSet::from([Actuator::Capture]),
+        ..Grant::default()
+    };
+    owner.grant("a_b", &grant).await.unwrap();
+    let policy = owner.policy().await.unwrap();
+    assert_eq!(policy.denials["plc.a_c"], "spam");
+    assert_eq!(policy.node_limit.number("burst_rate"), Some(50_000_000));
+    assert_eq!(policy.grants[&"plc.a_b".parse().unwrap()], grant);
+    owner.revoke("a_b").await.unwrap();
+    owner.allow("a_c").await.unwrap();
+    let policy = owner.policy().await.unwrap();
+    assert!(policy.denials.is_empty() && !policy.grants.contains_key(&"plc.a_b".parse().unwrap()));
+    assert_eq!(scs.policy().await.unwrap_err().kind(), Some(ErrorKind::Forbidden));
+    // What a script has not is refused by name.
+    let raw = mandoline_api::unix::Client::new(dir.path().join("run/owner.sock"));
+    let answer = raw
+        .post("/v1/owner_script", &json!({"pool": []}), &[])
+        .await
+        .unwrap();
+    assert_eq!(answer.status, 400);
+    assert!(String::from_utf8_lossy(&answer.body).contains("`pool`"));
 }

@@ -84,6 +84,21 @@ class Facade(unittest.TestCase):
         self.assertEqual(nm.GetXIDs(), {"princeton_codeen": vm_id})
         self.assertEqual(nm.GetSSHKeys(), {"princeton_codeen": "ssh-ed25519 A me"})
         self.assertEqual(nm.GetRSpec("princeton_codeen")["cpu_guarantee"], 100)
+        # Loans: more than it has waits, and what is lent is less of its own.
+        self.assertEqual(nm.GetLoans("princeton_codeen"), [])
+        other = nm.bind(nm.acquire({"vm_type": "test-vm"}), "princeton_other")
+        self.assertEqual(nm.SetLoans("princeton_codeen", [["princeton_other", "cpu_pct", 4]]), 1)
+        self.assertEqual(nm.GetLoans("princeton_codeen"), [["princeton_other", "cpu_pct", 4]])
+        self.assertEqual(nm.GetRSpec("princeton_codeen")["cpu_guarantee"], 100)
+        self.assertEqual(nm.GetEffectiveRSpec("princeton_codeen")["cpu_guarantee"], 60)
+        self.assertEqual(nm.GetEffectiveRSpec("princeton_other")["cpu_guarantee"], 40)
+        with self.fault(102, "recipient, resource, amount"):
+            nm.SetLoans("princeton_codeen", [["princeton_other", "cpu_pct", -4]])
+        with self.fault(102, "disk_max"):
+            nm.SetLoans("princeton_codeen", [["princeton_other", "disk_max", 4]])
+        self.assertEqual(nm.SetLoans("princeton_codeen", []), 1)
+        self.assertEqual(nm.Destroy("princeton_other"), 1)
+        self.assertNotEqual(other, vm_id)
         self.assertEqual(nm.Stop("princeton_codeen"), 1)
         self.wait_for_state("stopped")
         self.assertEqual(nm.Start("princeton_codeen"), 1)
@@ -94,7 +109,8 @@ class Facade(unittest.TestCase):
     def wait_for_state(self, state):
         end = time.monotonic() + 30
         while True:
-            states = [sliver["state"] for sliver in self.nm.list()["slivers"]]
+            slivers = self.nm.list()["slivers"]
+            states = [sliver["state"] for sliver in slivers if sliver["account"] == "princeton_codeen"]
             if states == [state]:
                 return
             self.assertLess(time.monotonic(), end, f"{states}, not {state}")

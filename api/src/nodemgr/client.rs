@@ -178,7 +178,92 @@ impl NodeManager {
     }
 
     async fn on(&self, operation: &str, rcap: &Rcap, key: Option<&str>) -> Result<(), ClientError> {
-        self.call::<_, Done>(operation, &RcapRequest { rcap: rcap.clone() }, key)
+        self.change(operation, &RcapRequest { rcap: rcap.clone() }, key)
+            .await
+    }
+
+    /// `resize`: other amounts of what `rspec` names, for a pool and the sliver that it is bound to.
+    pub async fn resize(&self, rcap: &Rcap, rspec: &Rspec, key: Option<&str>) -> Result<(), ClientError> {
+        let request = SplitPool {
+            rcap: rcap.clone(),
+            rspec: rspec.clone(),
+        };
+        self.change("resize", &request, key).await
+    }
+
+    /// `start_slice`, `stop_slice`, `restart_slice`, `destroy_slice`.
+    pub async fn on_slice(&self, operation: &str, slice_name: &str) -> Result<(), ClientError> {
+        self.change(operation, &slice_request(slice_name), None).await
+    }
+
+    /// `get_loans`.
+    pub async fn loans(&self, slice_name: &str) -> Result<LoansAnswer, ClientError> {
+        self.call("get_loans", &slice_request(slice_name), None).await
+    }
+
+    /// `set_loans`.
+    pub async fn set_loans(&self, loans: &SetLoans) -> Result<(), ClientError> {
+        self.change("set_loans", loans, None).await
+    }
+
+    /// `set_node_limit`.
+    pub async fn set_node_limit(&self, rspec: &Rspec) -> Result<(), ClientError> {
+        let request = Acquire { rspec: rspec.clone() };
+        self.change("set_node_limit", &request, None).await
+    }
+
+    /// `deny`.
+    pub async fn deny(&self, slice_name: &str, reason: &str) -> Result<(), ClientError> {
+        let request = Deny {
+            slice_name: slice_name.to_owned(),
+            reason: reason.to_owned(),
+        };
+        self.change("deny", &request, None).await
+    }
+
+    /// `allow`.
+    pub async fn allow(&self, slice_name: &str) -> Result<(), ClientError> {
+        self.change("allow", &slice_request(slice_name), None).await
+    }
+
+    /// `grant`.
+    pub async fn grant(&self, slice_name: &str, grant: &Grant) -> Result<(), ClientError> {
+        let request = SetGrant {
+            slice_name: slice_name.to_owned(),
+            grant: grant.clone(),
+        };
+        self.change("grant", &request, None).await
+    }
+
+    /// `revoke`.
+    pub async fn revoke(&self, slice_name: &str) -> Result<(), ClientError> {
+        self.change("revoke", &slice_request(slice_name), None).await
+    }
+
+    /// `policy`.
+    pub async fn policy(&self) -> Result<PolicyAnswer, ClientError> {
+        self.call("policy", &Done {}, None).await
+    }
+
+    /// `owner_script`: the rcaps of its pools, in its order.
+    pub async fn owner_script(
+        &self,
+        script: &OwnerScript,
+        key: Option<&str>,
+    ) -> Result<Vec<Rcap>, ClientError> {
+        Ok(self
+            .call::<_, RcapsAnswer>("owner_script", script, key)
+            .await?
+            .rcaps)
+    }
+
+    async fn change<Q: Serialize>(
+        &self,
+        operation: &str,
+        request: &Q,
+        key: Option<&str>,
+    ) -> Result<(), ClientError> {
+        self.call::<_, Done>(operation, request, key)
             .await
             .map(|Done {}| ())
     }
@@ -221,6 +306,12 @@ impl NodeManager {
                 Err(error) => Err(error),
             },
         }
+    }
+}
+
+fn slice_request(slice_name: &str) -> SliceRequest {
+    SliceRequest {
+        slice_name: slice_name.to_owned(),
     }
 }
 

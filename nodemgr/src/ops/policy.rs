@@ -32,12 +32,14 @@ impl Op<'_> {
     pub(super) fn set_node_limit(&mut self, limit: &Rspec) -> OpResult<Outcome> {
         self.needs(Actuator::NodeLimit, "bound the node")?;
         self.limit_node(limit)?;
+        self.check_roots_fit()?;
         self.change.touch_changed();
         Ok(Outcome::Done)
     }
 
-    /// Bounds the node, without telling its slivers yet.
-    pub(crate) fn limit_node(&mut self, limit: &Rspec) -> OpResult<()> {
+    /// Bounds the node and brings the pools that are in per cent of it along; whether all fit is not checked
+    /// yet.
+    fn limit_node(&mut self, limit: &Rspec) -> OpResult<()> {
         for (name, value) in limit.iter() {
             let kind = mandoline_rspec::attribute(name).map(|attribute| attribute.kind);
             if matches!(kind, None | Some(Kind::Label | Kind::Interval)) {
@@ -59,19 +61,10 @@ impl Op<'_> {
             .filter(|pool| pool.written.is_some() && !pool.retired)
             .cloned()
             .collect();
-        // What grows must wait for what shrinks: two passes.
-        for last in [false, true] {
-            for pool in &written {
-                match owner::rescale(self, pool) {
-                    Err(error) if last => return Err(error),
-                    _ => {}
-                }
-            }
-        }
-        self.check_roots_fit()
+        written.iter().try_for_each(|pool| owner::rescale(self, pool))
     }
 
-    /// Refuses a node that has less than its root pools hold.
+    /// Refuses root pools that hold more than the node has.
     fn check_roots_fit(&self) -> OpResult<()> {
         let capacity = self.change.capacity();
         let roots = || self.change.all_pools().filter(|pool| pool.parent().is_none());
@@ -82,24 +75,24 @@ impl Op<'_> {
             let has = capacity.number(attribute.name).unwrap_or(0);
             if held > has {
                 let show = |number| mandoline_rspec::Value::Number(number).display(attribute);
-                return Err(RspecError::Invalid {
-                    attribute: attribute.name.to_owned(),
-                    value: show(has),
-                    problem: "less than the root pools hold",
-                    allowed: format!("at least {}", show(held)),
-                }
-                .into());
+                return Err(exceeds(
+                    attribute.name,
+                    format!("{} in all root pools together", show(held)),
+                    format!("at most {}, what the node has", show(has)),
+                ));
             }
         }
-        let ports = capacity.ports();
-        if let Some(pool) = roots().find(|pool| !ports.contains_all(&pool.granted.ports())) {
-            return Err(RspecError::Invalid {
-                attribute: "ports".to_owned(),
-                value: ports.to_string(),
-                problem: "less than the root pools hold",
-                allowed: format!("with {}, which slice {} has", pool.granted.ports(), pool.holder),
+        let mut ports = capacity.ports();
+        for pool in roots() {
+            let own = pool.granted.ports();
+            if !ports.contains_all(&own) {
+                return Err(exceeds(
+                    "ports",
+                    format!("{own} in a root pool of slice {}", pool.holder),
+                    format!("what the node has beside other root pools: {ports}"),
+                ));
             }
-            .into());
+            ports.subtract(&own);
         }
         Ok(())
     }
@@ -241,6 +234,16 @@ impl Op<'_> {
         Ok(Outcome::Rcaps { pools })
     }
 
+    /// Without a script, only the owner's own sliver is seen to.
+    pub(crate) fn owners_sliver(&mut self) -> OpResult<Vec<(u64, u32)>> {
+        let made = owner::apply(self, &[], false)?;
+        if !made.is_empty() {
+            self.check_roots_fit()?;
+            self.change.touch_changed();
+        }
+        Ok(made)
+    }
+
     /// Brings the node to what a script says.
     pub(crate) fn run_script(&mut self, script: &OwnerScript) -> OpResult<Vec<(u64, u32)>> {
         let mut plan = owner::Plan::read(script, self.rules)?;
@@ -264,21 +267,25 @@ impl Op<'_> {
         self.change.put_policy(policy);
         self.follow_denials();
         if let Some(limit) = &script.node_limit {
-            // Pools that are to shrink do so first where they can; the bounds are checked when all are in place.
-            let mut policy = self.change.policy().clone();
-            policy.node_limit = limit.clone();
-            self.change.put_policy(policy);
-        }
-        let mut made = Vec::new();
-        if let Some(pools) = plan.pools.take() {
-            made = owner::apply(self, &pools, true)?;
-        }
-        if let Some(limit) = &script.node_limit {
             self.limit_node(limit)?;
         }
+        let made = match plan.pools.take() {
+            Some(pools) => owner::apply(self, &pools, true)?,
+            None => Vec::new(),
+        };
+        self.check_roots_fit()?;
         self.change.touch_changed();
         Ok(made)
     }
+}
+
+fn exceeds(attribute: &str, value: String, allowed: String) -> ErrorBody {
+    RspecError::Exceeds {
+        attribute: attribute.to_owned(),
+        value,
+        allowed,
+    }
+    .into()
 }
 
 fn checked_reason(reason: &str) -> OpResult<String> {

@@ -5,7 +5,7 @@ use mandoline_rspec::{Rcap, Rspec, SliceId};
 
 use super::{Op, OpResult, conflict, pools_of};
 use crate::caller::Caller;
-use crate::state::{Origin, Pool};
+use crate::state::{Origin, Pool, PoolId};
 use crate::store::Outcome;
 
 impl Op<'_> {
@@ -16,7 +16,7 @@ impl Op<'_> {
     }
 
     /// Makes a root pool from what the node has left.
-    pub(crate) fn new_root_pool(
+    pub(super) fn new_root_pool(
         &mut self,
         rspec: &Rspec,
         holder: SliceId,
@@ -28,6 +28,12 @@ impl Op<'_> {
     }
 
     fn new_pool(&mut self, origin: Origin, holder: SliceId, granted: Rspec) -> Outcome {
+        let pool = self.put_new_pool(origin, holder, granted);
+        Outcome::Rcap { pool, epoch: 0 }
+    }
+
+    /// Records a new pool; that what it comes from has as much is the caller's to check.
+    pub(crate) fn put_new_pool(&mut self, origin: Origin, holder: SliceId, granted: Rspec) -> PoolId {
         let id = self.change.new_pool_id();
         self.change.put_pool(Pool {
             id,
@@ -41,7 +47,7 @@ impl Op<'_> {
             set_aside: false,
             written: None,
         });
-        Outcome::Rcap { pool: id, epoch: 0 }
+        id
     }
 
     pub(super) fn split_pool(&mut self, rcap: &Rcap, want: &Rspec) -> OpResult<Outcome> {

@@ -33,19 +33,18 @@ impl Op<'_> {
             granted.remove(name);
             granted.set_json(name, &value.to_json())?;
         }
-        self.resize_pool(pool, granted, true)?;
+        self.check_parent_has(&pool, &granted)?;
+        self.put_resized(pool, granted, true)?;
         self.change.touch_changed();
         self.check_overbooking()?;
         Ok(Outcome::Done)
     }
 
-    /// Gives a pool another size: where it comes from must have it, what was split from it must still fit,
-    /// and a sliver that it is bound to must get by with it. With `gently`, nothing that the sliver uses and
-    /// that cannot be taken from it while it runs is taken.
-    pub(crate) fn resize_pool(&mut self, mut pool: Pool, granted: Rspec, gently: bool) -> OpResult<()> {
-        match pool.parent().and_then(|id| self.change.pool(id)).cloned() {
+    /// Refuses a pool a size that what it comes from has not.
+    fn check_parent_has(&self, pool: &Pool, granted: &Rspec) -> OpResult<()> {
+        match pool.parent().and_then(|id| self.change.pool(id)) {
             Some(parent) => {
-                self.change.bounds(&parent).check_within(&granted)?;
+                self.change.bounds(parent).check_within(granted)?;
                 let mut rest = parent.granted.clone();
                 for sibling in self
                     .change
@@ -54,10 +53,17 @@ impl Op<'_> {
                 {
                     rest.take_out(&sibling.granted);
                 }
-                rest.split(&granted)?;
+                rest.split(granted)?;
             }
-            None => drop(self.change.node_rest(Some(pool.id)).split(&granted)?),
+            None => drop(self.change.node_rest(Some(pool.id)).split(granted)?),
         }
+        Ok(())
+    }
+
+    /// Gives a pool another size: what was split from it must still fit, and a sliver that it is bound to must
+    /// get by with it. With `gently`, nothing that the sliver uses and that cannot be taken from it while it
+    /// runs is taken. Whether what it comes from has as much is the caller's to check.
+    pub(crate) fn put_resized(&mut self, mut pool: Pool, granted: Rspec, gently: bool) -> OpResult<()> {
         let mut rest = granted.clone();
         for child in self.change.children(pool.id) {
             // Limits may shrink below a child's: they are then bounded from above. Reservations may not.

@@ -233,16 +233,17 @@ impl Op<'_> {
         let may = self.may_act_for(&slice, sliver.as_ref()) || (may_stop && action != SliceAction::Destroy);
         if !may {
             return Err(forbidden(format!("{} may not act for slice {slice}", self.caller)).allowed(
-                "the slice itself, slices that its attribute `delegations` names, the owner, and slices with \
-                 a grant of the actuator `stop`",
+                "the slice itself, slices that its attribute `delegations` names, who holds its pool, the owner, \
+                 and slices with a grant of the actuator `stop`",
             ));
         }
         let sliver = sliver.ok_or_else(|| no_sliver(&slice))?;
         self.act(action, sliver)
     }
 
-    /// Whether the caller is the slice, or one that it lets act for it.
-    pub(super) fn may_act_for(&self, slice: &SliceId, sliver: Option<&Sliver>) -> bool {
+    /// Whether the caller is the slice, one that it lets act for it, or who holds the pool that its sliver was
+    /// made from.
+    pub(crate) fn may_act_for(&self, slice: &SliceId, sliver: Option<&Sliver>) -> bool {
         let delegates = |who: &SliceId| {
             let rspec = sliver.map(|sliver| self.change.sliver_rspec(sliver));
             let names = rspec.as_ref().and_then(|rspec| rspec.text("delegations"));
@@ -251,9 +252,15 @@ impl Op<'_> {
                 .flat_map(|names| names.split(','))
                 .any(|name| self.rules.slice(name.trim()).is_ok_and(|name| name == *who))
         };
+        let holds = |who: &SliceId| {
+            let first = sliver.and_then(|sliver| sliver.pools.first());
+            first
+                .and_then(|id| self.change.pool(*id))
+                .is_some_and(|pool| pool.holder == *who)
+        };
         match self.caller {
             Caller::Owner => true,
-            Caller::Slice(who) => who == slice || delegates(who),
+            Caller::Slice(who) => who == slice || delegates(who) || holds(who),
             Caller::Stranger(_) => false,
         }
     }

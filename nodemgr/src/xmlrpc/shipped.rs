@@ -1,14 +1,15 @@
 //! The 15 functions of the node manager that PlanetLab shipped, as a view on pools and slivers: same names, order
 //! of arguments, results and faults, so that a controller slice's programs work.
 //!
-//! A sliver is named by its slice. *Delegate* is whoever holds the pool that the sliver was made from.
+//! A sliver is named by its slice. *Delegate* is whoever holds the pool that the sliver was made from, and whom
+//! its attribute `delegations` names.
 
 use std::pin::Pin;
 use std::sync::Arc;
 
-use mandoline_api::nodemgr::{ErrorBody, ErrorKind, SliverInfo};
-use mandoline_api::xmlrpc::{Fault, Value};
-use mandoline_rspec::Rcap;
+use mandoline_api::nodemgr::{ErrorBody, ErrorKind, LoansAnswer, SliverInfo};
+use mandoline_api::xmlrpc::{Fault, Value, to_json};
+use mandoline_rspec::{Loan, Rcap};
 use serde_json::{Map, Value as Json, json};
 
 use super::{fault, finish};
@@ -29,6 +30,10 @@ enum Kind {
     Change(fn(Rcap) -> Operation),
     /// `Create`: the sliver is not there yet.
     Create,
+    /// It tells about a slice's loans.
+    Loans(fn(&Core, LoansAnswer) -> Json),
+    /// `SetLoans`.
+    SetLoans,
     /// Not in this node manager; why, and what to use.
     Lacking(&'static str),
 }
@@ -42,7 +47,6 @@ pub(super) struct Function {
 }
 
 const NO_TICKETS: &str = "this node manager takes no tickets; the slice creation service delivers slivers";
-const NO_LOANS: &str = "this node manager keeps no loans; split_pool and bind pass resources on";
 
 pub(super) static FUNCTIONS: &[Function] = &[
     Function {
@@ -115,19 +119,19 @@ pub(super) static FUNCTIONS: &[Function] = &[
         name: "GetRSpec",
         signature: &["struct", "string"],
         help: "GetRSpec(sliver_name): what a sliver has without loans.",
-        kind: Kind::Tell(rspec),
+        kind: Kind::Loans(|_, answer| serde_json::to_value(&answer.rspec).unwrap_or_default()),
     },
     Function {
         name: "GetLoans",
         signature: &["array", "string"],
         help: "GetLoans(sliver_name): [recipient, resource, amount] for each loan.",
-        kind: Kind::Lacking(NO_LOANS),
+        kind: Kind::Loans(loans),
     },
     Function {
         name: "SetLoans",
         signature: &["int", "string", "array"],
         help: "SetLoans(sliver_name, [[recipient, resource, amount], ...]): lends resources.",
-        kind: Kind::Lacking(NO_LOANS),
+        kind: Kind::SetLoans,
     },
     Function {
         name: "GetRecord",
@@ -162,6 +166,17 @@ impl Function {
                 Kind::Ask(ask) => ask(core, caller),
                 Kind::Lacking(why) => Err(ErrorBody::new(ErrorKind::Unavailable, *why)),
                 Kind::Tell(tell) => sliver(core, caller, name)?.map(|sliver| tell(&sliver)),
+                Kind::Loans(tell) => match sliver(core, caller, name)? {
+                    Ok(_) => core.loans(caller, name).map(|answer| tell(core, answer)),
+                    Err(error) => Err(error),
+                },
+                Kind::SetLoans => match (sliver(core, caller, name)?, wanted_loans(args.get(1))?) {
+                    (Ok(_), loans) => {
+                        let operation = Operation::SetLoans(name.to_owned(), loans);
+                        change(core, caller, self.name, operation).await
+                    }
+                    (Err(error), _) => Err(error),
+                },
                 Kind::Change(operation) => match sliver(core, caller, name)? {
                     Ok(sliver) => change(core, caller, self.name, operation(sliver.rcap)).await,
                     Err(error) => Err(error),
@@ -184,6 +199,19 @@ async fn change(core: &Arc<Core>, caller: &Caller, name: &str, operation: Operat
         .bare()
 }
 
+/// Loans by the names that shipped clients know: those of accounts.
+fn loans(core: &Core, answer: LoansAnswer) -> Json {
+    let loans = answer.loans.iter();
+    let one = |loan: &Loan| json!([core.rules.account(&loan.recipient), loan.resource, loan.amount]);
+    Json::Array(loans.map(one).collect())
+}
+
+fn wanted_loans(argument: Option<&Value>) -> Result<Vec<(String, String, u64)>, Fault> {
+    let json = argument.map(to_json).unwrap_or_default();
+    serde_json::from_value(json)
+        .map_err(|_| fault::argument("the second argument must be a list of [recipient, resource, amount]."))
+}
+
 fn no_sliver() -> Fault {
     fault::argument("the first argument must be a sliver name.")
 }
@@ -199,15 +227,17 @@ fn sliver(core: &Core, caller: &Caller, name: &str) -> Result<OpResult<SliverInf
             .into_iter()
             .rfind(|sliver| sliver.event.slice == slice))
     };
-    match (find(&Caller::Owner), find(caller)) {
+    match (find(&Caller::Owner), core.acts_for(caller, name)) {
         (Ok(None), _) => Err(no_sliver()),
-        (_, Ok(Some(sliver))) => Ok(Ok(sliver)),
-        (_, Ok(None)) => Ok(Err(ErrorBody::new(
+        (Ok(Some(sliver)), Ok(true)) => Ok(Ok(sliver)),
+        (Ok(_), Ok(false)) => Ok(Err(ErrorBody::new(
             ErrorKind::Forbidden,
             format!("sliver {slice} is not the caller's"),
         )
-        .allowed("the slice itself, and who holds the pool that it was made from"))),
-        (_, Err(error)) => Ok(Err(error)),
+        .allowed(
+            "the slice itself, who holds the pool that it was made from, and its `delegations`",
+        ))),
+        (Err(error), _) | (_, Err(error)) => Ok(Err(error)),
     }
 }
 
