@@ -20,7 +20,9 @@
 //! What the owner decides is in [`OwnerScript`] and beside it.
 //!
 //! `GET /v1/node` is [`NodeInfo`]; `GET /v1/events[?since=N]` is a stream of server-sent events whose data are
-//! [`SliverEvent`]s; `GET /v1/ssh_keys/{account}` is text for the node's sshd.
+//! [`SliverEvent`]s; `GET /v1/ssh_keys/{account}` is text for the node's sshd; `GET /v1/usage` is [`Usage`];
+//! `GET /v1/slivers/{vm_id}/console[?from=N]` and `…/log` are a [`Tail`]; `PUT /v1/sensors/{name}` publishes a table
+//! of comma separated values; `GET /metrics` is for Prometheus, `POST /RPC2` the same operations as XML-RPC.
 //!
 //! Who calls is known by the socket and the peer's uid, never by what it says. A request may carry the header
 //! [`IDEMPOTENCY_KEY`]: when it is repeated, the stored answer comes back.
@@ -34,10 +36,13 @@ use serde::{Deserialize, Serialize};
 #[cfg(feature = "unix-client")]
 mod client;
 mod owner;
+mod usage;
 
 #[cfg(feature = "unix-client")]
 pub use client::{ClientError, Events, NodeManager};
 pub use owner::{Actuator, Deny, Grant, OwnerScript, PolicyAnswer, ScriptPool, SetGrant};
+
+pub use usage::{NodeUse, SliverUse, Usage};
 
 /// The socket of the owner, mode 0600.
 pub const OWNER_SOCKET: &str = "/run/mandoline/owner.sock";
@@ -160,6 +165,18 @@ pub struct BindAnswer {
     pub vm_id: VmId,
 }
 
+/// Part of a sliver's console or log.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tail {
+    /// Where to go on: `from` of the next request.
+    pub next: u64,
+    /// The bytes from there, as text; at most [`TAIL_MAX`].
+    pub text: String,
+}
+
+/// Most bytes of a [`Tail`].
+pub const TAIL_MAX: u64 = 64 << 10;
+
 /// The change is recorded.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Done {}
@@ -176,6 +193,11 @@ pub struct ListAnswer {
 /// A pool.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PoolInfo {
+    /// Its number; never used twice.
+    pub id: u64,
+    /// The number of the pool that it was split from; none for a root pool.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<u64>,
     /// The pool.
     pub rcap: Rcap,
     /// The slice that holds it.
@@ -193,6 +215,9 @@ pub struct PoolInfo {
 /// A sliver.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SliverInfo {
+    /// The number of the pool that the pool it was made from was split from; none for a root pool.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<u64>,
     /// The pool that it was made from, which stands for the sliver.
     pub rcap: Rcap,
     /// What it has in all.
@@ -218,10 +243,11 @@ pub struct SliverInfo {
 ///
 ///   destroy, from every state ──► gone
 /// ```
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SliverState {
     /// Recorded.
+    #[default]
     Defined,
     /// Its resources are being made and its kernel boots.
     Starting,

@@ -105,6 +105,26 @@ impl Client {
         self.request(Method::POST, target, Some(body), headers).await
     }
 
+    /// `PUT` of plain text.
+    pub async fn put_text(&self, target: &str, text: String) -> Result<Answer, UnixError> {
+        let exchange = async {
+            let request = Request::builder()
+                .method(Method::PUT)
+                .uri(target)
+                .header(HOST, "localhost")
+                .header(CONTENT_TYPE, "text/plain; charset=utf-8")
+                .body(Full::new(Bytes::from(text)))
+                .map_err(|e| UnixError::Request(e.to_string()))?;
+            let response = self.exchange(request).await?;
+            let status = response.status().as_u16();
+            Ok(Answer {
+                status,
+                body: self.collect(response.into_body()).await?,
+            })
+        };
+        self.in_time(exchange).await
+    }
+
     /// Any method, with or without a JSON body.
     pub async fn request<T: Serialize>(
         &self,
@@ -176,7 +196,10 @@ impl Client {
         let request = request
             .body(Full::new(Bytes::from(bytes)))
             .map_err(|e| UnixError::Request(e.to_string()))?;
+        self.exchange(request).await
+    }
 
+    async fn exchange(&self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>, UnixError> {
         let stream = UnixStream::connect(&self.path)
             .await
             .map_err(|source| UnixError::Connect {

@@ -1,7 +1,7 @@
 //! `nodemgr.toml`: everything has a default that fits a packaged node, so an empty file is a good one.
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use ipnet::Ipv4Net;
@@ -85,6 +85,35 @@ pub struct Config {
     pub kvm: kvm::KvmConfig,
     /// Accounts for ssh through the node.
     pub accounts: AccountsConfig,
+    /// The sensors.
+    pub sensors: SensorsConfig,
+}
+
+/// The sensors.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SensorsConfig {
+    /// Where they listen on the node, an address of its loopback; `""`: nowhere. Slivers reach them over vsock.
+    #[serde(deserialize_with = "address_or_off")]
+    pub listen: Option<SocketAddr>,
+}
+
+impl Default for SensorsConfig {
+    /// The papers' port (OS paper, section 4.4.1).
+    fn default() -> Self {
+        Self {
+            listen: Some((Ipv4Addr::LOCALHOST, 33080).into()),
+        }
+    }
+}
+
+/// An address, or `""` for none.
+fn address_or_off<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<SocketAddr>, D::Error> {
+    let text = String::deserialize(from)?;
+    match text.as_str() {
+        "" => Ok(None),
+        text => text.parse().map(Some).map_err(serde::de::Error::custom),
+    }
 }
 
 /// A service of the host.
@@ -239,6 +268,7 @@ impl Default for Config {
             network: NetConfig::default(),
             kvm: kvm::KvmConfig::default(),
             accounts: AccountsConfig::default(),
+            sensors: SensorsConfig::default(),
         }
     }
 }
@@ -305,6 +335,10 @@ impl Config {
         }
         self.profile()?;
         self.site_admin()?;
+        if let Some(listen) = self.sensors.listen.filter(|listen| !listen.ip().is_loopback()) {
+            let message = "allowed: an address of the loopback, such as 127.0.0.1:33080, or \"\" for none";
+            return refuse("sensors.listen", listen.to_string(), message);
+        }
         self.node_rate()?;
         self.capacity()?;
         Ok(())
@@ -472,6 +506,7 @@ mod tests {
             ("[vm_type_names]\nlinux_vserver = \"chroot\"", "chroot"),
             ("local_names = [\"a.b_c\"]", "a.b_c"),
             ("local_names = [\"A\"]", "slice name"),
+            ("[sensors]\nlisten = \"0.0.0.0:33080\"", "sensors.listen"),
             ("[overbook]\nmemory = 0", "overbook.memory"),
             ("default_profile = \"plc\"", "planetlab-paper"),
         ] {

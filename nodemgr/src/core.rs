@@ -523,6 +523,8 @@ impl Core {
             .filter(|pool| pool.bound.is_none() && sees(&pool.holder));
         let pools = pools
             .map(|pool| PoolInfo {
+                id: pool.id,
+                parent: pool.parent(),
                 rcap: self.secret.rcap(pool.id, pool.epoch),
                 holder: pool.holder.to_string(),
                 granted: pool.granted.clone(),
@@ -534,6 +536,7 @@ impl Core {
         let slivers = inner.state.slivers.values().filter_map(|sliver| {
             let pool = inner.state.pools.get(sliver.pools.first()?)?;
             (sees(&pool.holder) || sees(&sliver.slice)).then(|| SliverInfo {
+                parent: pool.parent(),
                 rcap: self.secret.rcap(pool.id, pool.epoch),
                 rspec: change.effective_rspec(sliver),
                 account: self.rules.account(&sliver.slice),

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -25,8 +25,9 @@ use crate::owner::ScriptError;
 use crate::secret::{Secret, SecretError};
 use crate::services::{Dispatcher, Streams};
 use crate::store::{Store, StoreError};
+use crate::usage::Meter;
 use crate::vm_type::{Failure, Registry};
-use crate::{accounts, capacity};
+use crate::{accounts, capacity, sensors};
 
 /// How often what is recorded is compared with what is there.
 const RECONCILE: Duration = Duration::from_secs(30);
@@ -175,7 +176,7 @@ pub async fn run(config: Config, stop: watch::Receiver<bool>) -> Result<(), Star
         &config.kvm.cgroup,
         config.host_cpu_shares,
     ));
-    let (services, nm_streams, _sensor_streams) = Dispatcher::new(config.service_sockets());
+    let (services, nm_streams, sensor_streams) = Dispatcher::new(config.service_sockets());
     let services = Arc::new(services);
     let kvm = Arc::new(Kvm::new(
         config.kvm.clone(),
@@ -196,6 +197,12 @@ pub async fn run(config: Config, stop: watch::Receiver<bool>) -> Result<(), Star
             Some(detail) => tracing::error!(vm_type = info.name, detail, "not available"),
         }
     }
+    let meter = Arc::new(Meter::new(
+        Arc::clone(&core),
+        &config,
+        Some(network.clone()),
+        Some(services),
+    ));
     apply_script(&core, &config.owner_script);
     let specs = core.specs();
     tree.take_over(specs.iter().map(|spec| (spec.vm_id, &spec.rspec)));
@@ -208,11 +215,12 @@ pub async fn run(config: Config, stop: watch::Receiver<bool>) -> Result<(), Star
         tokio::spawn(reconcile(Arc::clone(&core))),
         tokio::spawn(tick(Arc::clone(&core), Arc::clone(&kvm), tree)),
         tokio::spawn(async move { kvm.prepare().await }),
-        tokio::spawn(serve_slivers(Arc::clone(&core), nm_streams)),
         tokio::spawn(bound_node(Arc::clone(&core), network)),
+        tokio::spawn(serve_slivers(Arc::clone(&meter), nm_streams, sensor_streams)),
+        tokio::spawn(serve_sensors(Arc::clone(&meter), config.sensors.listen)),
     ];
     tracing::info!(version = env!("CARGO_PKG_VERSION"), run_dir = %config.run_dir.display(), "ready");
-    let result = serve(Arc::clone(&core), sockets, stop).await;
+    let result = serve(meter, sockets, stop).await;
     for task in tasks {
         task.abort();
     }
@@ -220,10 +228,26 @@ pub async fn run(config: Config, stop: watch::Receiver<bool>) -> Result<(), Star
     result
 }
 
-/// Serves the slivers that ask for the node manager.
-async fn serve_slivers(core: Arc<Core>, streams: Streams) {
-    if let Err(error) = http::serve_slivers(core, streams).await {
+/// Serves the slivers that ask for the node manager or the sensors.
+async fn serve_slivers(meter: Arc<Meter>, nm: Streams, sensors: Streams) {
+    let served = tokio::try_join!(
+        http::serve_slivers(Arc::clone(&meter), nm),
+        sensors::serve_slivers(meter, sensors)
+    );
+    if let Err(error) = served {
         tracing::error!(%error, "slivers cannot reach the node manager");
+    }
+}
+
+/// Serves the sensors on the node's loopback. Without them the node works, so it starts all the same.
+async fn serve_sensors(meter: Arc<Meter>, listen: Option<SocketAddr>) {
+    let Some(address) = listen else { return };
+    let served = match tokio::net::TcpListener::bind(address).await {
+        Ok(listener) => sensors::serve(meter, listener).await,
+        Err(error) => Err(error),
+    };
+    if let Err(error) = served {
+        tracing::error!(%address, %error, "no sensors on the node's loopback");
     }
 }
 
@@ -261,12 +285,16 @@ async fn bind(path: PathBuf, mode: u32) -> Result<(PathBuf, UnixListener), Start
 }
 
 /// Serves both sockets until `stop` turns true, then removes them.
-pub async fn serve(core: Arc<Core>, sockets: Sockets, stop: watch::Receiver<bool>) -> Result<(), StartError> {
+pub async fn serve(
+    meter: Arc<Meter>,
+    sockets: Sockets,
+    stop: watch::Receiver<bool>,
+) -> Result<(), StartError> {
     let Sockets { owner, service } = sockets;
     let until = |mut stop: watch::Receiver<bool>| async move {
         let _ = stop.wait_for(|stop| *stop).await;
     };
-    let serve = |listener, channel| http::serve(Arc::clone(&core), listener, channel, until(stop.clone()));
+    let serve = |listener, channel| http::serve(Arc::clone(&meter), listener, channel, until(stop.clone()));
     let work = async {
         tokio::try_join!(serve(owner.1, Channel::Owner), serve(service.1, Channel::Service)).map(|_| ())
     };

@@ -13,10 +13,12 @@ use axum::extract::{ConnectInfo, DefaultBodyLimit, Path, Query, Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{get, post, put};
 use axum::serve::IncomingStream;
 use futures_util::{Stream, StreamExt, stream};
-use mandoline_api::nodemgr::{ErrorAnswer, ErrorBody, ErrorKind, IDEMPOTENCY_KEY};
+use mandoline_api::nodemgr::{
+    Done, ErrorAnswer, ErrorBody, ErrorKind, IDEMPOTENCY_KEY, TAIL_MAX, Tail, VmId,
+};
 use mandoline_rspec::SliceId;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -29,7 +31,9 @@ use crate::core::Core;
 use crate::events::Told;
 use crate::methods::{self, Fields, METHODS, bad};
 use crate::ops::OpResult;
+use crate::sensors::{METRICS_TYPE, PublishError, metrics};
 use crate::services::Streams;
+use crate::usage::Meter;
 use crate::xmlrpc;
 
 /// Largest request, in bytes: an rspec with a boot script and a thousand keys fits.
@@ -49,7 +53,15 @@ pub enum Channel {
 #[derive(Clone)]
 struct App {
     core: Arc<Core>,
+    meter: Arc<Meter>,
     channel: Channel,
+}
+
+impl App {
+    fn new(meter: Arc<Meter>, channel: Channel) -> Self {
+        let core = Arc::clone(&meter.core);
+        Self { core, meter, channel }
+    }
 }
 
 /// Who is at the other end of a connection.
@@ -75,23 +87,20 @@ impl Connected<IncomingStream<'_, Streams>> for Peer {
 
 /// Serves a socket until `until` is done; requests in progress are then finished.
 pub async fn serve(
-    core: Arc<Core>,
+    meter: Arc<Meter>,
     listener: UnixListener,
     channel: Channel,
     until: impl Future<Output = ()> + Send + 'static,
 ) -> std::io::Result<()> {
-    let app = router(App { core, channel });
+    let app = router(App::new(meter, channel));
     axum::serve(listener, app.into_make_service_with_connect_info::<Peer>())
         .with_graceful_shutdown(until)
         .await
 }
 
 /// Serves the streams on which slivers ask for the node manager.
-pub async fn serve_slivers(core: Arc<Core>, streams: Streams) -> std::io::Result<()> {
-    let app = router(App {
-        core,
-        channel: Channel::Service,
-    });
+pub async fn serve_slivers(meter: Arc<Meter>, streams: Streams) -> std::io::Result<()> {
+    let app = router(App::new(meter, Channel::Service));
     axum::serve(streams, app.into_make_service_with_connect_info::<Peer>()).await
 }
 
@@ -101,10 +110,17 @@ fn router(app: App) -> Router {
         .route("/v1/node", get(node))
         .route("/v1/events", get(events))
         .route("/v1/ssh_keys/{account}", get(ssh_keys))
+        .route("/v1/usage", get(usage))
+        .route("/v1/slivers/{vm_id}/{what}", get(tail))
+        .route("/v1/sensors/{name}", put(publish))
+        .route("/metrics", get(all_metrics))
         .route("/v1/{operation}", post(operation))
         .fallback(|| async {
-            let error = ErrorBody::new(ErrorKind::NotFound, "no such resource")
-                .allowed("POST /RPC2 (XML-RPC), POST /v1/<operation>, GET /v1/node, /v1/events, /v1/ssh_keys/<account>");
+            let error = ErrorBody::new(ErrorKind::NotFound, "no such resource").allowed(
+                "POST /RPC2 (XML-RPC), POST /v1/<operation>, PUT /v1/sensors/<name>, GET /metrics, /v1/node, \
+                 /v1/events, /v1/usage, /v1/slivers/<vm_id>/console, /v1/slivers/<vm_id>/log, \
+                 /v1/ssh_keys/<account>",
+            );
             Refusal(error).into_response()
         })
         .layer(DefaultBodyLimit::max(MAX_REQUEST))
@@ -203,6 +219,114 @@ fn idempotency_key(request: &Request) -> OpResult<Option<String>> {
 
 async fn node(State(app): State<App>) -> Response {
     json(app.core.node())
+}
+
+async fn usage(State(app): State<App>, ConnectInfo(peer): ConnectInfo<Peer>) -> Response {
+    match app.meter.usage(&app.caller(&peer)).await {
+        Ok(usage) => json(usage),
+        Err(error) => Refusal(error).into_response(),
+    }
+}
+
+async fn all_metrics(State(app): State<App>) -> Response {
+    ([(header::CONTENT_TYPE, METRICS_TYPE)], metrics(&app.meter).await).into_response()
+}
+
+#[derive(Deserialize)]
+struct From {
+    from: Option<u64>,
+}
+
+/// A sliver's console, for who may see the sliver, or its monitor's log, for the owner.
+async fn tail(
+    State(app): State<App>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    Path((vm_id, what)): Path<(VmId, String)>,
+    Query(From { from }): Query<From>,
+) -> Response {
+    let caller = app.caller(&peer);
+    let read = || -> OpResult<Tail> {
+        let file = match what.as_str() {
+            "console" => "console",
+            "log" if caller == Caller::Owner => "monitor.log",
+            "log" => {
+                return Err(
+                    ErrorBody::new(ErrorKind::Forbidden, "the monitor's log is the owner's")
+                        .allowed("console"),
+                );
+            }
+            _ => {
+                return Err(
+                    ErrorBody::new(ErrorKind::NotFound, format!("no such file {what:?}"))
+                        .allowed("console, log"),
+                );
+            }
+        };
+        let seen = app.core.list(&caller)?.slivers;
+        if !seen.iter().any(|sliver| sliver.event.vm_id == vm_id) {
+            return Err(ErrorBody::new(
+                ErrorKind::NotFound,
+                format!("the caller has no sliver {vm_id}"),
+            ));
+        }
+        let path = app.meter.logs.join(vm_id.to_string()).join(file);
+        read_tail(&path, from).map_err(|error| {
+            ErrorBody::new(
+                ErrorKind::NotFound,
+                format!("sliver {vm_id} has written nothing: {error}"),
+            )
+        })
+    };
+    match read() {
+        Ok(tail) => json(tail),
+        Err(error) => Refusal(error).into_response(),
+    }
+}
+
+/// What stands in a file from a place on; from its last part, if no place is named or the file was cut since.
+fn read_tail(path: &std::path::Path, from: Option<u64>) -> std::io::Result<Tail> {
+    use std::io::{Read, Seek, SeekFrom};
+    let mut file = std::fs::File::open(path)?;
+    let length = file.metadata()?.len();
+    let start = from
+        .filter(|from| *from <= length)
+        .unwrap_or_else(|| length.saturating_sub(TAIL_MAX));
+    file.seek(SeekFrom::Start(start))?;
+    let mut bytes = Vec::new();
+    file.take(TAIL_MAX).read_to_end(&mut bytes)?;
+    Ok(Tail {
+        next: start + bytes.len() as u64,
+        text: String::from_utf8_lossy(&bytes).into_owned(),
+    })
+}
+
+/// A service of the host, or the owner, publishes a sensor. Slivers cannot: who reads a sensor trusts the node.
+async fn publish(
+    State(app): State<App>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    Path(name): Path<String>,
+    table: String,
+) -> Response {
+    let caller = app.caller(&peer);
+    if matches!(peer, Peer::Sliver(_)) || matches!(caller, Caller::Stranger(_)) {
+        let error = ErrorBody::new(ErrorKind::Forbidden, format!("{caller} may not publish sensors"));
+        return Refusal(error.allowed("the owner, and services of the host")).into_response();
+    }
+    let meter = Arc::clone(&app.meter);
+    let published = tokio::task::spawn_blocking(move || meter.published.publish(&name, &table)).await;
+    match published {
+        Ok(Ok(())) => json(Done {}),
+        Ok(Err(error @ PublishError::File { .. })) => {
+            tracing::error!(%error, "sensor not published");
+            Refusal(ErrorBody::new(
+                ErrorKind::Internal,
+                "the sensor cannot be kept; the log says why",
+            ))
+            .into_response()
+        }
+        Ok(Err(error)) => Refusal(bad(error.to_string())).into_response(),
+        Err(error) => Refusal(ErrorBody::new(ErrorKind::Internal, error.to_string())).into_response(),
+    }
 }
 
 #[derive(Deserialize)]

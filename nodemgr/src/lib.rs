@@ -4,7 +4,7 @@
 //! down ([`state`], [`store`], [`secret`]); a [`supervisor`] for each sliver makes them real through a backend
 //! ([`vm_type`], [`kvm`], limited by [`cgroup`]) and tells what happens ([`events`]). [`http`] is the
 //! interface, as JSON and as [`xmlrpc`], of [`methods`]; [`caller`] is who may use it, [`services`] how slivers
-//! get there, [`accounts`] the way in by ssh. [`net`] is the slivers' network, [`scs`] an unprivileged client.
+//! get there, [`accounts`] the way in by ssh. [`usage`] is what is used, [`sensors`] tell it. [`net`] is the slivers' network, [`scs`] an unprivileged client.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod accounts;
@@ -24,9 +24,11 @@ pub mod owner;
 pub mod policy;
 pub mod scs;
 pub mod secret;
+pub mod sensors;
 pub mod services;
 pub mod state;
 pub mod store;
 pub mod supervisor;
+pub mod usage;
 pub mod vm_type;
 pub mod xmlrpc;

@@ -279,6 +279,38 @@ impl NodeManager {
         Self::read(answer.status, &answer.body)
     }
 
+    /// `GET /v1/usage`.
+    pub async fn usage(&self) -> Result<Usage, ClientError> {
+        let answer = self.client.get("/v1/usage").await?;
+        Self::read(answer.status, &answer.body)
+    }
+
+    /// What a sliver's serial port has said, from a place in it; without one, its last part.
+    pub async fn console(&self, vm_id: VmId, from: Option<u64>) -> Result<Tail, ClientError> {
+        self.tail(vm_id, "console", from).await
+    }
+
+    /// What a sliver's monitor has logged; for the owner.
+    pub async fn log(&self, vm_id: VmId, from: Option<u64>) -> Result<Tail, ClientError> {
+        self.tail(vm_id, "log", from).await
+    }
+
+    async fn tail(&self, vm_id: VmId, what: &str, from: Option<u64>) -> Result<Tail, ClientError> {
+        let from = from.map_or_else(String::new, |from| format!("?from={from}"));
+        let answer = self
+            .client
+            .get(&format!("/v1/slivers/{vm_id}/{what}{from}"))
+            .await?;
+        Self::read(answer.status, &answer.body)
+    }
+
+    /// Publishes a sensor: the columns' names in its first line, then its rows, without quotes.
+    pub async fn publish(&self, sensor: &str, table: &str) -> Result<(), ClientError> {
+        let target = format!("/v1/sensors/{sensor}");
+        let answer = self.client.put_text(&target, table.to_owned()).await?;
+        Self::read::<Done>(answer.status, &answer.body).map(|Done {}| ())
+    }
+
     /// `GET /v1/ssh_keys/{account}`: lines for sshd's AuthorizedKeysCommand.
     pub async fn ssh_keys(&self, account: &str) -> Result<String, ClientError> {
         let answer = self.client.get(&format!("/v1/ssh_keys/{account}")).await?;

@@ -18,6 +18,8 @@ use crate::mark::boot_ns;
 pub(crate) enum Command {
     /// Serve sshd's port.
     Ssh(std::net::TcpListener),
+    /// Serve these ways to services of the node.
+    Services(Vec<crate::services::Listener>),
     /// Shut the sliver down.
     Shutdown {
         /// Whether it should run again.

@@ -4,6 +4,7 @@
 //!   ┌─► sleep in poll() ──┬─ SIGCHLD: reap ────────────────┐
 //!   │   (no timer)        ├─ a stream of the host: thread ─┤
 //!   │                     ├─ an ssh connection: sshd -i ───┤
+//!   │                     ├─ one to a service: thread ─────┤
 //!   └─────────────────────┼────────────────────────────────┘
 //!                         └─ shutdown asked, SIGTERM, SIGINT (Ctrl-Alt-Del), SIGUSR1/2, SIGPWR
 //!                                 ▼
@@ -26,7 +27,7 @@ use crate::agent::{Agent, Asked, Command};
 use crate::children::Kind;
 use crate::link::Listener;
 use crate::log::{info, warning};
-use crate::{mark, root, server, sshd};
+use crate::{mark, root, server, services, sshd};
 
 /// How long processes may take to die of SIGKILL (of what hangs in the kernel nobody can wait for the end).
 const KILL_GRACE: Duration = Duration::from_secs(2);
@@ -84,6 +85,13 @@ pub(crate) struct Init {
     pub(crate) machine: bool,
 }
 
+/// What a joined sliver listens on.
+#[derive(Default)]
+struct Doors {
+    ssh: Option<TcpListener>,
+    services: Vec<services::Listener>,
+}
+
 /// A wish that ends the loop.
 struct End {
     mode: ShutdownMode,
@@ -94,12 +102,12 @@ impl Init {
     /// Serves until the machine ends. Whatever one turn of the loop does, there is a next: the end of PID 1
     /// would be a kernel panic.
     pub(crate) fn run(mut self) -> ! {
-        let mut ssh: Option<TcpListener> = None;
+        let mut doors = Doors::default();
         let mut paused = false;
         // What ended before its signal could be heard.
         self.reap();
         let end = loop {
-            match catch_unwind(AssertUnwindSafe(|| self.turn(&mut ssh, &mut paused))) {
+            match catch_unwind(AssertUnwindSafe(|| self.turn(&mut doors, &mut paused))) {
                 Ok(Some(end)) => break end,
                 Ok(None) => {}
                 Err(_) => {
@@ -108,7 +116,7 @@ impl Init {
                 }
             }
         };
-        drop(ssh);
+        drop(doors);
         self.listener = None;
         let mode = end.mode;
         if catch_unwind(AssertUnwindSafe(|| self.stop(end))).is_err() {
@@ -118,7 +126,7 @@ impl Init {
     }
 
     /// One turn: sleep until something happens, see to it.
-    fn turn(&self, ssh: &mut Option<TcpListener>, paused: &mut bool) -> Option<End> {
+    fn turn(&self, doors: &mut Doors, paused: &mut bool) -> Option<End> {
         let mut fds = vec![
             PollFd::new(&self.signals, PollFlags::IN),
             PollFd::new(&*self.asked.wake, PollFlags::IN),
@@ -133,9 +141,13 @@ impl Init {
                     .map(|l| PollFd::from_borrowed_fd(l.as_fd(), PollFlags::IN)),
             );
             fds.extend(
-                ssh.as_ref()
+                doors
+                    .ssh
+                    .as_ref()
                     .map(|l| PollFd::from_borrowed_fd(l.as_fd(), PollFlags::IN)),
             );
+            let services = doors.services.iter();
+            fds.extend(services.map(|l| PollFd::from_borrowed_fd(l.as_fd(), PollFlags::IN)));
             None
         };
         if let Err(e) = poll(&mut fds, wait.as_ref()) {
@@ -161,7 +173,8 @@ impl Init {
             let _ = rustix::io::read(&*self.asked.wake, &mut [0u8; 8]);
             for command in self.asked.commands.try_iter() {
                 match command {
-                    Command::Ssh(listener) => *ssh = Some(listener),
+                    Command::Ssh(listener) => doors.ssh = Some(listener),
+                    Command::Services(listeners) => doors.services = listeners,
                     Command::Shutdown { mode, grace_ms } => {
                         return Some(End {
                             mode,
@@ -185,11 +198,19 @@ impl Init {
                 }
             }
         }
-        if let Some(listener) = ssh.as_ref().filter(|l| ready.contains(&l.as_raw_fd()))
+        if let Some(listener) = doors.ssh.as_ref().filter(|l| ready.contains(&l.as_raw_fd()))
             && let Err(e) = sshd::accept(listener, &self.agent.children)
         {
             warning!("accepting an ssh connection: {e}");
             *paused = true;
+        }
+        for listener in &doors.services {
+            if ready.contains(&listener.as_fd().as_raw_fd())
+                && let Err(e) = services::accept(listener)
+            {
+                warning!("accepting a connection to a service: {e}");
+                *paused = true;
+            }
         }
         None
     }

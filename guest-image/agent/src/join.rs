@@ -8,7 +8,7 @@ use mandoline_api::agent::{Join, JoinReply, JoinTimings, Phase};
 
 use crate::agent::{Agent, Command, Life};
 use crate::error::Error;
-use crate::{identity, initscript, network, root, sshd};
+use crate::{identity, initscript, network, root, services, sshd};
 
 /// Joins, and answers once sshd's port listens. `true`: this was the join that made the sliver, so its boot
 /// script is to be started.
@@ -128,6 +128,7 @@ fn steps(agent: &Agent, life: &mut Life, join: &Join, began: Instant) -> Result<
         let keys = sshd::prepare(&join.hostname)?;
         if !life.listening {
             agent.ask(Command::Ssh(sshd::listen()?));
+            agent.ask(Command::Services(services::listen()));
             life.listening = true;
         }
         Ok(keys)

@@ -24,6 +24,7 @@ mod netlink;
 mod network;
 mod root;
 mod server;
+mod services;
 mod sshd;
 mod user;
 

@@ -26,6 +26,7 @@ fn want(slice: &str, rspec: serde_json::Value) -> DesiredSliver {
 /// The sliver as the node manager has it after `create`.
 fn made(rspec: &Rspec, number: u8) -> SliverInfo {
     SliverInfo {
+        parent: None,
         rcap: Rcap::from_bytes([number; 16]),
         rspec: rspec.clone(),
         account: Tag::of(rspec).unwrap().slice,

@@ -14,6 +14,7 @@ use mandoline_nodemgr::core::{Clock, Core};
 use mandoline_nodemgr::daemon::{self, Sockets};
 use mandoline_nodemgr::ops::Operation;
 use mandoline_nodemgr::store::Outcome;
+use mandoline_nodemgr::usage::Meter;
 use mandoline_nodemgr::vm_type::{Exit, Failure, Registry, Report, Reports, SliverSpec, Stats, VmType, Work};
 use mandoline_rspec::{AuthorityName, Rspec, SliceName};
 use serde_json::{Value, json};
@@ -239,6 +240,7 @@ impl Node {
             .build()
             .unwrap();
         let (stop, stopped) = watch::channel(false);
+        let meter = Arc::new(Meter::new(Arc::clone(&core), &config, None, None));
         let (run_dir, served) = (config.run_dir.clone(), Arc::clone(&core));
         let (bound, ready) = tokio::sync::oneshot::channel();
         let server = runtime.spawn(async move {
@@ -247,7 +249,7 @@ impl Node {
                 served.wake(vm_id, None);
             }
             bound.send(()).unwrap();
-            daemon::serve(served, sockets, stopped).await.unwrap();
+            daemon::serve(meter, sockets, stopped).await.unwrap();
         });
         ready.await.unwrap();
         Self {

@@ -239,6 +239,7 @@ fn bind(nm: &mut NmState, request: &Bind) -> u32 {
     };
     let account = request.slice_name.clone();
     nm.slivers.push(SliverInfo {
+        parent: None,
         rcap: request.rcap.clone(),
         rspec: pool,
         account,
