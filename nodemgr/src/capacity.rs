@@ -2,22 +2,32 @@
 
 use std::path::Path;
 
-use mandoline_rspec::{CPU_SHARES, PortSet, Rspec};
+use mandoline_rspec::{CPU_SHARES, Rspec};
 use serde_json::json;
 
 use crate::config::{Config, ConfigError};
+use crate::net::{FlowTable, NetError};
 
 /// Works out the rspec of the whole node.
 pub fn of_node(config: &Config, state_dir: &Path) -> Result<Rspec, ConfigError> {
     let memory = memory_total(&std::fs::read_to_string("/proc/meminfo").unwrap_or_default());
     let cpus = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
     let rate = config.node_rate()?;
+    let network = config.network()?;
+    let refused = |error: NetError| ConfigError::Value {
+        setting: "network".to_owned(),
+        value: "the table".to_owned(),
+        message: error.to_string(),
+    };
+    let plan = network.plan().map_err(refused)?;
+    let flows = FlowTable::of_node(&network).map_err(refused)?;
     let mut found = json!({
         "cpu_guarantee": CPU_SHARES - config.host_cpu_shares,
         "vcpus": cpus.min(32),
         "base_rate": rate,
         "burst_rate": rate,
-        "ports": own_ports(config).items(),
+        "ports": plan.ownable().items(),
+        "flow_limit": flows.reservable,
     });
     if let Some(memory) = memory {
         found["mem_limit"] = json!(memory);
@@ -31,12 +41,6 @@ pub fn of_node(config: &Config, state_dir: &Path) -> Result<Rspec, ConfigError> 
         }
         Err(error) => tracing::warn!(%error, directory = %state_dir.display(), "size of the disk not known"),
     }
-    if let Some(flows) = std::fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_max")
-        .ok()
-        .and_then(|text| text.trim().parse::<u64>().ok())
-    {
-        found["flow_limit"] = json!(flows.min(1 << 24));
-    }
     let set = config.capacity()?;
     for (name, value) in set.iter() {
         found[name] = value.to_json();
@@ -48,22 +52,8 @@ pub fn of_node(config: &Config, state_dir: &Path) -> Result<Rspec, ConfigError> 
     })
 }
 
-/// Ports that slices may own: neither the node's ssh, nor its clients' ephemeral ports, which end where the
-/// slivers' own blocks start.
-fn own_ports(config: &Config) -> PortSet {
-    let mut ports = PortSet::default();
-    for item in ["tcp/1-21", "udp/1-66", "tcp/23-9999", "udp/69-9999"] {
-        if let Ok((protocol, mut range)) = PortSet::parse_item(item) {
-            range.last = range.last.min(config.network.first_port.saturating_sub(1));
-            if range.first <= range.last {
-                ports.insert(protocol, range);
-            }
-        }
-    }
-    ports
-}
-
-fn memory_total(meminfo: &str) -> Option<u64> {
+/// `MemTotal` of /proc/meminfo, in bytes.
+pub(crate) fn memory_total(meminfo: &str) -> Option<u64> {
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
     line.trim()
         .strip_suffix("kB")?

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 use mandoline_limits::Rate;
 use mandoline_rspec::{
     AuthorityName, KVM_MICROVM, MANDOLINE, Profile, Rspec, SliceId, SliceName, parse_rate,
@@ -180,12 +180,18 @@ impl Default for SiteAdminConfig {
 pub struct NetConfig {
     /// Network of the slivers' addresses.
     pub net: Ipv4Net,
+    /// Network of the slivers' IPv6 addresses, routed to the node; absent: they have none.
+    pub net6: Option<Ipv6Net>,
     /// First port of the slivers' blocks of source ports.
     pub first_port: u16,
     /// Ports of one sliver.
     pub ports: u16,
     /// What all slivers together may send: `"100 Mbit/s"`.
     pub node_rate: String,
+    /// Packets a second that one sliver may send of those that alarm the world: ICMP, IP options.
+    pub alarms: u16,
+    /// Flows that the node tracks at once; absent: as its memory allows.
+    pub flows: Option<u32>,
     /// Links to the outside; empty: that of the default route.
     pub uplinks: Vec<String>,
     /// The node's address for its slivers' flows; absent: the first of the first uplink.
@@ -203,9 +209,12 @@ impl Default for NetConfig {
         let network = NetworkConfig::default();
         Self {
             net: network.net,
+            net6: network.net6,
             first_port: network.first_port,
             ports: network.ports,
             node_rate: "100 Mbit/s".to_owned(),
+            alarms: network.alarms,
+            flows: network.flows,
             uplinks: network.uplinks,
             node_address: network.node_address,
             nft: network.nft,
@@ -374,9 +383,12 @@ impl Config {
         })?;
         Ok(NetworkConfig {
             net: network.net,
+            net6: network.net6,
             first_port: network.first_port,
             ports: network.ports,
             node_rate,
+            alarms: network.alarms,
+            flows: network.flows,
             uplinks: network.uplinks.clone(),
             node_address: network.node_address,
             nft: network.nft.clone(),

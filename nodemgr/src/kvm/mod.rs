@@ -38,7 +38,7 @@ use tokio::task::JoinHandle;
 pub use config::KvmConfig;
 
 use crate::cgroup::Tree;
-use crate::net::{Network, SliverNet};
+use crate::net::{Network, SliverNet, Wants};
 use crate::services::{Dispatcher, Who};
 use crate::vm_type::{Failure, Reports, SliverSpec, Stats, VmType, Work};
 use config::Places;
@@ -148,10 +148,9 @@ impl Kvm {
     }
 
     fn net(&self, sliver: &SliverSpec) -> Result<SliverNet, Failure> {
-        let bandwidth = values::bandwidth(&sliver.rspec)?;
-        self.network
-            .plan()
-            .sliver(sliver.index, sliver.vm_id, bandwidth)
+        let wants = Wants::of(&sliver.slice, &sliver.rspec);
+        wants
+            .and_then(|wants| self.network.plan().sliver(sliver.index, sliver.vm_id, wants))
             .map_err(|e| Failure::fatal(e.to_string()))
     }
 
@@ -384,7 +383,7 @@ impl VmType for Kvm {
             let (tree, vm_id) = (Arc::clone(&self.tree), sliver.vm_id);
             blocking(move || tree.change(vm_id, &limits)).await?;
             self.network
-                .set_bandwidth(sliver.index, values::bandwidth(&sliver.rspec)?)
+                .update_sliver(self.net(sliver)?)
                 .await
                 .map_err(|e| Failure::retryable(e.to_string()))?;
             let request = Request::SetKeys {

@@ -194,12 +194,16 @@ impl Session {
             time_unix_ns: Some(unix_ns()),
             interface: Some(Interface {
                 mac: Some(format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}")),
-                addresses: vec![Cidr {
-                    address: identity.net.address.into(),
-                    prefix: 32,
-                }],
+                addresses: identity
+                    .net
+                    .addresses()
+                    .map(|address| Cidr {
+                        address,
+                        prefix: if address.is_ipv4() { 32 } else { 128 },
+                    })
+                    .collect(),
                 gateway: Some(identity.gateway.into()),
-                gateway6: None,
+                gateway6: identity.net.gateway6(),
                 mtu: Some(identity.mtu),
             }),
             dns: identity.dns.clone(),

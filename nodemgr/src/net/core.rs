@@ -1,43 +1,45 @@
 //! The network's work, on the thread that holds its netlink connections.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Write as _;
 use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
-use std::process::{Command, Stdio};
 
 use mandoline_limits::Rate;
 use mandoline_limits::netlink::link::{self, Link, LinkChange};
-use mandoline_limits::netlink::nft::{Element, Step, device_of_field};
 use mandoline_limits::netlink::{Connection, Request};
-use mandoline_limits::shaper::{Bandwidth, PacketRate, SLOTS, Tree, TreeConfig};
+use mandoline_limits::shaper::{PacketRate, SLOTS, Tree, TreeConfig};
 use mandoline_limits::sysctl;
 use mandoline_limits::tap::{self, TapOptions};
 
-use super::plan::{Plan, SliverNet, index_of_tap, tap_name};
-use super::ruleset::{self, Owner, Set};
+use super::elements::{self, Entry, Owner, Set};
+use super::flows::FlowTable;
+use super::plan::{GATEWAY6, Plan, SliverNet, index_of_tap, link_local, tap_name};
 use super::shaping::{self, Shaping};
-use super::{Installed, NetError, NetworkConfig, NodeCounters, Reconciled, SliverCounters};
+use super::tables::{self, Tables};
+use super::{NetError, NetworkConfig, NodeCounters, SliverCounters, ruleset, setup};
 
-type Result<T> = std::result::Result<T, NetError>;
+pub(super) type Result<T> = std::result::Result<T, NetError>;
 
 /// The node's network, for one thread.
 #[derive(Debug)]
 pub struct Core {
-    plan: Plan,
+    pub(super) plan: Plan,
     node_address: Ipv4Addr,
+    /// Flows of a sliver that has no limit of its own.
+    share: u32,
     mtu: u32,
-    shaping: Shaping,
-    route: Connection,
-    filter: Connection,
+    pub(super) shaping: Shaping,
+    pub(super) slivers: BTreeMap<u16, SliverNet>,
+    pub(super) route: Connection,
+    pub(super) filter: Connection,
 }
 
 impl Core {
     /// Sets the network up in the network namespace of this thread, or takes over what is there.
     pub fn start(config: NetworkConfig) -> Result<Self> {
-        let plan = Plan::new(config.net, config.first_port, config.ports)?;
+        let plan = config.plan()?;
         let mut route = Connection::route()?;
-        let (uplinks, node_address) = outside(&mut route, &config)?;
+        let (uplinks, node_address) = setup::outside(&mut route, &config)?;
 
         let tree = TreeConfig {
             alarms: Some(PacketRate::per_second(config.alarms)?),
@@ -45,26 +47,20 @@ impl Core {
         };
         let tree = Tree::ensure(&mut route, tree)?;
         // The gateway's address stands on the IFB: the node answers for it on every tap.
-        route.execute(&[link::add_address(tree.link, plan.gateway(), 32)])?;
-        load(&config, &ruleset::text(&plan, &config.shaper, &uplinks)?)?;
-        // These exist once the ruleset has brought connection tracking in; they must be on before
-        // the first flow, which otherwise would never be counted.
-        sysctl::set("netfilter/nf_conntrack_acct", "1")?;
-        sysctl::set_if_there("netfilter/nf_conntrack_timestamp", "1")?;
-        // The node's own connections stay out of the slivers' blocks.
-        let last = plan.first_port() - 1;
-        sysctl::set(
-            "ipv4/ip_local_port_range",
-            &format!("{} {last}", (last / 2 + 1).max(1024)),
-        )?;
-        // Last: nothing is forwarded before the rules are there.
-        sysctl::set("ipv4/ip_forward", "1")?;
+        route.execute(&[link::add_address(tree.link, plan.gateway().into(), 32)])?;
+        setup::load(&config, &ruleset::text(&plan, &config.shaper, &uplinks)?)?;
+        let flows = FlowTable::of_node(&config)?;
+        flows.install()?;
+        setup::tracking(&plan)?;
+        setup::forwarding(&plan, &uplinks)?;
         let filter = Connection::netfilter()?;
         Ok(Self {
             plan,
             node_address,
+            share: flows.share,
             mtu: config.mtu,
             shaping: Shaping::new(tree),
+            slivers: BTreeMap::new(),
             route,
             filter,
         })
@@ -73,8 +69,9 @@ impl Core {
     /// Makes a sliver's tap and lets it through.
     pub fn add_sliver(&mut self, sliver: &SliverNet) -> Result<OwnedFd> {
         // Everything that can be refused is, before anything is made.
-        shaping::check(&sliver.bandwidth)?;
-        let changes = self.additions(sliver)?;
+        self.check(sliver)?;
+        let mut changes: Vec<Request> = self.elements(sliver)?.iter().map(|(set, e)| set.add(e)).collect();
+        changes.extend(tables::chain(&sliver.tap));
         let tap = tap::open(&TapOptions {
             name: sliver.tap.clone(),
             ..Default::default()
@@ -87,70 +84,110 @@ impl Core {
             }
             return Err(error);
         }
+        self.slivers.insert(sliver.index, sliver.clone());
         Ok(tap)
     }
 
+    /// Refuses what the kernel could not keep, or would not notice: of two intervals it sees only
+    /// whether the new one's ends lie in the old one.
+    fn check(&self, sliver: &SliverNet) -> Result<()> {
+        shaping::check(&sliver.wants.bandwidth)?;
+        let owner = |other: &&SliverNet| {
+            other.index != sliver.index && other.wants.ports.overlaps(&sliver.wants.ports)
+        };
+        match self.slivers.values().find(owner) {
+            Some(owner) => Err(NetError::Config {
+                what: "owned ports",
+                value: sliver.wants.ports.to_string(),
+                allowed: format!(
+                    "ports other than those of {}: {}",
+                    owner.wants.slice, owner.wants.ports
+                ),
+            }),
+            None => Ok(()),
+        }
+    }
+
     fn wire(&mut self, sliver: &SliverNet, changes: &[Request]) -> Result<()> {
-        let mut requests = self.shaping.set(sliver.index, sliver.bandwidth)?;
+        let mut requests = self.shaping.set(sliver.index, sliver.wants.bandwidth)?;
         let device = self.route.require_link(&sliver.tap)?;
         // Before it is up, or the node would greet its routers on it.
-        sysctl::set_if_there(&format!("ipv6/conf/{}/disable_ipv6", sliver.tap), "1")?;
+        let conf = format!("ipv6/conf/{}", sliver.tap);
+        if sliver.address6.is_none() {
+            sysctl::set_if_there(&format!("{conf}/disable_ipv6"), "1")?;
+        } else {
+            // The node has one address on it, the gateway's, and believes no router there.
+            sysctl::set(&format!("{conf}/addr_gen_mode"), "1")?;
+            sysctl::set(&format!("{conf}/accept_ra"), "0")?;
+            sysctl::set(&format!("{conf}/disable_ipv6"), "0")?;
+        }
         self.filter.commit(changes)?;
         requests.extend(self.link_requests(sliver, device.index));
         Ok(self.route.execute(&requests)?)
     }
 
-    fn link_requests(&self, sliver: &SliverNet, index: u32) -> [Request; 3] {
+    pub(super) fn link_requests(&self, sliver: &SliverNet, index: u32) -> Vec<Request> {
         let up = LinkChange {
             up: Some(true),
             mtu: Some(self.mtu),
             mac: None,
         };
-        [
+        let mut requests = vec![
             link::change(index, &sliver.tap, up),
-            link::add_neighbour(index, sliver.address, sliver.mac),
-            link::add_route(sliver.address, index, Some(self.plan.gateway())),
-        ]
+            link::add_neighbour(index, sliver.address.into(), sliver.mac),
+            link::add_route(sliver.address.into(), index, Some(self.plan.gateway().into())),
+        ];
+        if let Some(address6) = sliver.address6 {
+            requests.extend([
+                link::add_address(index, GATEWAY6.into(), 128),
+                link::add_neighbour(index, address6.into(), sliver.mac),
+                link::add_neighbour(index, link_local(sliver.mac).into(), sliver.mac),
+                link::add_route(address6.into(), index, None),
+            ]);
+        }
+        requests
     }
 
-    /// Changes of the packet filter that let a sliver through.
-    fn additions(&self, sliver: &SliverNet) -> Result<Vec<Request>> {
-        let elements = ruleset::elements(sliver, self.node_address)?;
-        let mut changes: Vec<_> = elements
-            .iter()
-            .map(|(set, key, data)| set.add(key, data.as_deref()))
-            .collect();
-        changes.extend(chain(&sliver.tap));
-        Ok(changes)
+    /// What a sliver is in the packet filter.
+    pub(super) fn elements(&self, sliver: &SliverNet) -> Result<BTreeSet<Entry>> {
+        let elements = elements::elements(sliver, self.node_address, self.share)?;
+        Ok(elements.into_iter().collect())
+    }
+
+    /// Brings a living sliver to changed attributes: bandwidth, flow limit, owned ports. What of
+    /// it is as it should be is not touched.
+    pub fn update_sliver(&mut self, sliver: &SliverNet) -> Result<()> {
+        if !self.slivers.contains_key(&sliver.index) {
+            return Err(mandoline_limits::Error::NotFound {
+                what: format!("the network of sliver {}", sliver.index),
+            }
+            .into());
+        }
+        self.check(sliver)?;
+        let there = Tables::read(&mut self.filter)?.of(&sliver.tap);
+        let changes = tables::difference(&there, &self.elements(sliver)?);
+        self.filter.commit(&changes)?;
+        let requests = self.shaping.set(sliver.index, sliver.wants.bandwidth)?;
+        self.route.execute(&requests)?;
+        self.slivers.insert(sliver.index, sliver.clone());
+        Ok(())
     }
 
     /// Removes a sliver's traces and ends its flows.
     pub fn remove_sliver(&mut self, index: u16, mark: u32) -> Result<()> {
         let tap = tap_name(index);
-        // A monitor that still holds the tap falls silent before the checks on it go. The route
-        // goes with this, or went with the tap.
+        // A monitor that still holds the tap falls silent before the checks on it go. The routes
+        // go with this, or went with the tap.
         if let Some(device) = self.route.link(&tap)? {
             self.route.execute(&[mute(&device)])?;
         }
-        let tables = self.read_tables()?;
-        self.filter
-            .commit(&tables.removals(&tap, tables.address_of(&tap)))?;
+        let tables = Tables::read(&mut self.filter)?;
+        self.filter.commit(&tables.removals(&tap))?;
         let requests = self.shaping.remove(index)?;
         self.route.execute(&requests)?;
+        self.slivers.remove(&index);
         // An address is used again: nobody shall inherit flows.
         Ok(self.filter.end_flows(mark)?)
-    }
-
-    /// Changes what a sliver may send.
-    pub fn set_bandwidth(&mut self, index: u16, bandwidth: &Bandwidth) -> Result<()> {
-        if !self.shaping.has(index) {
-            return Err(mandoline_limits::Error::NotFound {
-                what: format!("the HTB class of sliver {index}"),
-            }
-            .into());
-        }
-        let requests = self.shaping.set(index, *bandwidth)?;
-        Ok(self.route.execute(&requests)?)
     }
 
     /// Changes what all slivers together may send.
@@ -159,159 +196,30 @@ impl Core {
         Ok(self.route.execute(&requests)?)
     }
 
-    /// What is in the kernel's tables.
-    pub fn list(&mut self) -> Result<BTreeMap<u16, Installed>> {
-        let tables = self.read_tables()?;
-        let routes = self.route.host_routes()?;
-        let links = self.taps()?;
-        let mut found: BTreeMap<u16, Installed> = BTreeMap::new();
-        for (index, slot) in self.shaping.slots(&mut self.route)? {
-            found.entry(index).or_default().class = Some(slot.class.parameters);
-        }
-        for (index, device) in &links {
-            let one = found.entry(*index).or_default();
-            one.tap = true;
-            one.routed = routes.iter().any(|(_, to)| *to == device.index);
-        }
-        for (set, element) in tables.all() {
-            let Some(Owner::Tap(tap)) = set.owner(element) else {
-                continue;
-            };
-            let Some(index) = index_of_tap(&tap) else { continue };
-            let one = found.entry(index).or_default();
-            match set {
-                Set::Sources => one.address = address_of_source(element),
-                Set::Marks => {
-                    one.mark = element
-                        .data
-                        .as_deref()
-                        .and_then(|d| d.try_into().ok())
-                        .map(u32::from_ne_bytes)
-                }
-                _ => {}
-            }
-        }
-        Ok(found)
-    }
-
-    /// Makes the kernel's tables what is recorded.
-    pub fn reconcile(&mut self, recorded: &[SliverNet]) -> Result<Reconciled> {
-        let mut report = Reconciled::default();
-        let tables = self.read_tables()?;
-        let links = self.taps()?;
-        let routes: BTreeSet<_> = self.route.host_routes()?.into_iter().collect();
-        let classes = self.shaping.slots(&mut self.route)?;
-        let alive: BTreeMap<u16, &SliverNet> = recorded
-            .iter()
-            .filter(|s| links.contains_key(&s.index))
-            .map(|s| (s.index, s))
-            .collect();
-        self.shaping
-            .know(alive.values().map(|s| (s.index, s.bandwidth)))?;
-
-        let mut wanted: BTreeSet<ruleset::Entry> = BTreeSet::new();
-        for sliver in alive.values() {
-            wanted.extend(ruleset::elements(sliver, self.node_address)?);
-        }
-        let there: BTreeSet<_> = tables
-            .all()
-            .map(|(set, e)| (set, e.key.clone(), e.data.clone()))
-            .collect();
-        // Elements that go come first in the transaction: a key may come back with other data.
-        let mut changes: Vec<Request> = there
-            .difference(&wanted)
-            .map(|(set, key, _)| set.delete(key))
-            .collect();
-        changes.extend(
-            wanted
-                .difference(&there)
-                .map(|(set, key, data)| set.add(key, data.as_deref())),
-        );
-        for name in tables
-            .chains
-            .iter()
-            .filter(|name| index_of_tap(name).is_some_and(|i| !alive.contains_key(&i)))
-        {
-            changes.push(ruleset::frames().delete_chain(name));
-        }
-        let unchained = |sliver: &&SliverNet| !tables.chains.contains(&sliver.tap);
-        changes.extend(
-            alive
-                .values()
-                .copied()
-                .filter(unchained)
-                .flat_map(|s| chain(&s.tap)),
-        );
-
-        let (mut silenced, mut requests) = (Vec::new(), Vec::new());
-        for (index, sliver) in &alive {
-            let device = &links[index];
-            let class = self.shaping.wanted(*index)?;
-            let shaped = class.is_some_and(|class| classes.get(index).is_some_and(|slot| slot.is(&class)));
-            let linked = device.up && routes.contains(&(sliver.address, device.index));
-            if !shaped {
-                requests.extend(self.shaping.again(*index)?);
-            }
-            if !linked {
-                requests.extend(self.link_requests(sliver, device.index));
-            }
-            let elements = ruleset::elements(sliver, self.node_address)?;
-            let whole = elements.iter().all(|e| there.contains(e)) && !unchained(sliver);
-            if shaped && linked && whole {
-                report.intact.push(*index)
-            } else {
-                report.repaired.push(*index)
-            }
-        }
-        let mut gone: BTreeSet<u16> = classes.keys().chain(links.keys()).copied().collect();
-        gone.extend(tables.taps().filter_map(|tap| index_of_tap(&tap)));
-        gone.extend(recorded.iter().map(|s| s.index));
-        for index in gone.into_iter().filter(|index| !alive.contains_key(index)) {
-            requests.extend(self.shaping.remove(index)?);
-            // Some process may hold the tap still, though nobody should.
-            silenced.extend(links.get(&index).map(mute));
-            let known = recorded.iter().any(|s| s.index == index);
-            if known {
-                report.dead.push(index)
-            } else {
-                report.unknown.push(index)
-            }
-        }
-        self.route.execute(&silenced)?;
-        self.filter.commit(&changes)?;
-        self.route.execute(&requests)?;
-        for dead in recorded.iter().filter(|s| report.dead.contains(&s.index)) {
-            self.filter.end_flows(dead.mark)?;
-        }
-        Ok(report)
-    }
-
     /// What slivers have sent and received.
     pub fn counters(&mut self) -> Result<BTreeMap<u16, SliverCounters>> {
-        let tables = self.read_tables()?;
+        let tables = Tables::read(&mut self.filter)?;
         let mut counters: BTreeMap<u16, SliverCounters> = BTreeMap::new();
         for (index, slot) in self.shaping.slots(&mut self.route)? {
             let one = counters.entry(index).or_default();
             one.sent = slot.stats();
             one.alarms = slot.alarms.map(|class| class.stats).unwrap_or_default();
         }
-        let index_of_address: BTreeMap<Ipv4Addr, u16> = tables
-            .of(Set::Sources)
-            .filter_map(|e| Some((address_of_source(e)?, index_of_tap(&device_of_field(&e.key)?)?)))
-            .collect();
-        for (set, element) in tables.all() {
-            let index = match set.owner(element) {
-                Some(Owner::Tap(tap)) => index_of_tap(&tap),
-                Some(Owner::Address(address)) => index_of_address.get(&address).copied(),
-                None => None,
+        for (set, element, counter) in tables.all() {
+            let Some(Owner::Tap(tap)) = set.owner(element) else {
+                continue;
             };
-            let (Some(index), Some(counter)) = (index, element.counter) else {
+            let (Some(index), Some(counter)) = (index_of_tap(&tap), counter) else {
                 continue;
             };
             let one = counters.entry(index).or_default();
             match set {
                 Set::Spoofed => one.spoofed = counter,
                 Set::Received => one.received = counter,
+                Set::NewFlows | Set::Flows => {
+                    one.refused_flows.packets += counter.packets;
+                    one.refused_flows.bytes += counter.bytes;
+                }
                 _ => {}
             }
         }
@@ -328,18 +236,7 @@ impl Core {
         })
     }
 
-    fn read_tables(&mut self) -> Result<Tables> {
-        let mut elements = BTreeMap::new();
-        for set in Set::ALL {
-            elements.insert(set, self.filter.elements(&set.table(), set.name())?);
-        }
-        Ok(Tables {
-            elements,
-            chains: self.filter.chains(&ruleset::frames())?,
-        })
-    }
-
-    fn taps(&mut self) -> Result<BTreeMap<u16, Link>> {
+    pub(super) fn taps(&mut self) -> Result<BTreeMap<u16, Link>> {
         let links = self.route.links()?;
         Ok(links
             .into_iter()
@@ -348,126 +245,11 @@ impl Core {
     }
 }
 
-/// What the packet filter's sets hold.
-struct Tables {
-    elements: BTreeMap<Set, Vec<Element>>,
-    chains: Vec<String>,
-}
-
-impl Tables {
-    fn of(&self, set: Set) -> impl Iterator<Item = &Element> {
-        self.elements.get(&set).into_iter().flatten()
-    }
-
-    fn all(&self) -> impl Iterator<Item = (Set, &Element)> {
-        self.elements
-            .iter()
-            .flat_map(|(set, elements)| elements.iter().map(|e| (*set, e)))
-    }
-
-    /// Names of the taps that anything here belongs to.
-    fn taps(&self) -> impl Iterator<Item = String> {
-        let keyed = self.all().filter_map(|(set, e)| match set.owner(e) {
-            Some(Owner::Tap(tap)) => Some(tap),
-            _ => None,
-        });
-        keyed.chain(self.chains.iter().cloned())
-    }
-
-    fn address_of(&self, tap: &str) -> Option<Ipv4Addr> {
-        self.of(Set::Sources)
-            .find(|e| device_of_field(&e.key).as_deref() == Some(tap))
-            .and_then(address_of_source)
-    }
-
-    fn removals(&self, tap: &str, address: Option<Ipv4Addr>) -> Vec<Request> {
-        let owners = [Some(Owner::Tap(tap.to_owned())), address.map(Owner::Address)];
-        let owned = self
-            .all()
-            .filter(|(set, e)| set.owner(e).is_some_and(|o| owners.contains(&Some(o))));
-        let mut changes: Vec<_> = owned.map(|(set, e)| set.delete(&e.key)).collect();
-        // Older kernels delete a chain with its device; then there is nothing left to delete.
-        if self.chains.iter().any(|name| name == tap) {
-            changes.push(ruleset::frames().delete_chain(tap));
-        }
-        changes
-    }
-}
-
-/// The ingress chain of a tap: everything to the common checks, and what comes back is dropped.
-fn chain(tap: &str) -> [Request; 2] {
-    let table = ruleset::frames();
-    [
-        table.add_ingress_chain(tap, tap),
-        table.add_rule(tap, &[Step::Goto("from_tap".to_owned())]),
-    ]
-}
-
 /// Takes a link down: it neither sends nor receives, and its routes go.
-fn mute(device: &Link) -> Request {
+pub(super) fn mute(device: &Link) -> Request {
     let down = LinkChange {
         up: Some(false),
         ..Default::default()
     };
     link::change(device.index, &device.name, down).tolerate(libc::ENODEV)
-}
-
-fn address_of_source(element: &Element) -> Option<Ipv4Addr> {
-    // ifname (16), Ethernet address (6, padded to 8), IPv4 address
-    let octets: [u8; 4] = element.key.get(24..28)?.try_into().ok()?;
-    Some(octets.into())
-}
-
-/// The links to the outside and the address that slivers' flows get there.
-fn outside(route: &mut Connection, config: &NetworkConfig) -> Result<(Vec<String>, Ipv4Addr)> {
-    let mut links = Vec::new();
-    if config.uplinks.is_empty() {
-        let index = route.default_route()?;
-        links.extend(route.links()?.into_iter().filter(|l| Some(l.index) == index));
-    }
-    for name in &config.uplinks {
-        links.push(route.require_link(name)?);
-    }
-    let Some(first) = links.first() else {
-        return Err(NetError::NoUplink {
-            what: "there is no default route to find the uplink by".to_owned(),
-            setting: "uplinks",
-        });
-    };
-    let address = match config.node_address {
-        Some(address) => Some(address),
-        None => route.addresses(first.index)?.first().map(|(address, _)| *address),
-    };
-    let what = || format!("uplink {} has no IPv4 address", first.name);
-    let address = address.ok_or_else(|| NetError::NoUplink {
-        what: what(),
-        setting: "node_address",
-    })?;
-    Ok((links.into_iter().map(|l| l.name).collect(), address))
-}
-
-/// Loads the ruleset: once, at start. From then on all changes go by netlink.
-fn load(config: &NetworkConfig, text: &str) -> Result<()> {
-    let failed = |detail: String| NetError::Ruleset {
-        program: config.nft.clone(),
-        detail,
-    };
-    let mut child = Command::new(&config.nft)
-        .args(["-f", "-"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .map_err(|e| failed(e.to_string()))?;
-    if let Some(mut stdin) = child.stdin.take() {
-        stdin
-            .write_all(text.as_bytes())
-            .map_err(|e| failed(e.to_string()))?;
-    }
-    let output = child.wait_with_output().map_err(|e| failed(e.to_string()))?;
-    if output.status.success() {
-        Ok(())
-    } else {
-        Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
-    }
 }

@@ -15,24 +15,32 @@
 //! reads it back, [`Network::reconcile`] makes it what is recorded without touching what is right.
 
 mod core;
+mod elements;
+mod flows;
 mod plan;
+mod reconcile;
 mod ruleset;
+mod setup;
 mod shaping;
+mod tables;
 #[cfg(test)]
 mod tests;
+mod wants;
 
 use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 use mandoline_limits::Rate;
 use mandoline_limits::netlink::nft::Counter;
 use mandoline_limits::netlink::tc::{ClassParameters, ClassStats};
 use tokio::sync::{mpsc, oneshot};
 
 pub use self::core::Core;
+pub use self::flows::FlowTable;
 pub use self::plan::{Plan, SliverNet, TAP_PREFIX, index_of_tap, mac_of, tap_name};
+pub use self::wants::Wants;
 pub use mandoline_limits::shaper::Bandwidth;
 
 /// How the node's network is set up.
@@ -40,6 +48,8 @@ pub use mandoline_limits::shaper::Bandwidth;
 pub struct NetworkConfig {
     /// Network of the slivers' addresses.
     pub net: Ipv4Net,
+    /// Network of the slivers' IPv6 addresses, routed to the node; `None` = slivers have none.
+    pub net6: Option<Ipv6Net>,
     /// First port of the slivers' blocks; the node's own ephemeral ports are kept below it.
     pub first_port: u16,
     /// Ports of one sliver.
@@ -49,6 +59,8 @@ pub struct NetworkConfig {
     /// Packets a second that one sliver may send of those that alarm the world: ICMP, and packets
     /// with IP options.
     pub alarms: u16,
+    /// Flows that the node tracks at once; `None` = as its memory allows.
+    pub flows: Option<u32>,
     /// Links to the outside; empty = the one of the default route.
     pub uplinks: Vec<String>,
     /// The node's address for its slivers' flows; `None` = the first one of the first uplink.
@@ -66,17 +78,26 @@ impl Default for NetworkConfig {
     fn default() -> Self {
         Self {
             net: Ipv4Net::new_assert(Ipv4Addr::new(10, 128, 0, 0), 16),
+            net6: None,
             first_port: 20_000,
             ports: 64,
             node_rate: Rate::NODE_DEFAULT,
             // "A small number per second" (OSDI'04 section 4.2.2): a ping and a traceroute at once.
             alarms: 5,
+            flows: None,
             uplinks: Vec::new(),
             node_address: None,
             shaper: "mifb".to_owned(),
             nft: PathBuf::from("/usr/sbin/nft"),
             mtu: 1500,
         }
+    }
+}
+
+impl NetworkConfig {
+    /// Who gets which addresses and ports.
+    pub fn plan(&self) -> Result<Plan, NetError> {
+        Plan::new(self.net, self.first_port, self.ports)?.with_net6(self.net6)
     }
 }
 
@@ -144,6 +165,8 @@ pub struct SliverCounters {
     pub received: Counter,
     /// Frames dropped because their source was not the sliver's.
     pub spoofed: Counter,
+    /// First packets of flows dropped above the sliver's flow limit.
+    pub refused_flows: Counter,
 }
 
 /// Counters of the node's packet filter.
@@ -181,7 +204,7 @@ impl Network {
     /// Sets the network up (or takes over what an earlier run has set up) in the network
     /// namespace of the calling thread. Needs root.
     pub async fn start(config: NetworkConfig) -> Result<Self, NetError> {
-        let plan = Plan::new(config.net, config.first_port, config.ports)?;
+        let plan = config.plan()?;
         let (jobs, mut inbox) = mpsc::unbounded_channel::<Job>();
         let (ready, started) = oneshot::channel();
         std::thread::Builder::new()
@@ -219,9 +242,9 @@ impl Network {
         self.call(move |core| core.remove_sliver(index, mark)).await
     }
 
-    /// Changes what a sliver may send, at once.
-    pub async fn set_bandwidth(&self, index: u16, bandwidth: Bandwidth) -> Result<(), NetError> {
-        self.call(move |core| core.set_bandwidth(index, &bandwidth)).await
+    /// Brings a living sliver to changed attributes, at once: bandwidth, flow limit, owned ports.
+    pub async fn update_sliver(&self, sliver: SliverNet) -> Result<(), NetError> {
+        self.call(move |core| core.update_sliver(&sliver)).await
     }
 
     /// Changes what all slivers together may send, at once. Guarantees that this rate cannot keep

@@ -3,14 +3,15 @@
 //! Deterministic blocks (RFC 7422): from an outside port and the recorded index of a sliver, who
 //! sent a packet is known even when every log of flows was lost.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 use mandoline_limits::netlink::link::Mac;
-use mandoline_limits::shaper::{Bandwidth, SLOTS};
+use mandoline_limits::shaper::SLOTS;
+use mandoline_rspec::{PortRange, PortSet, Protocol};
 
-use super::NetError;
+use super::{NetError, Wants};
 
 /// What taps are called: this and the sliver's index.
 pub const TAP_PREFIX: &str = "mtap";
@@ -19,6 +20,7 @@ pub const TAP_PREFIX: &str = "mtap";
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
     net: Ipv4Net,
+    net6: Option<Ipv6Net>,
     first_port: u16,
     block: u16,
 }
@@ -35,12 +37,27 @@ pub struct SliverNet {
     pub mac: Mac,
     /// Its IPv4 address, routed to the tap.
     pub address: Ipv4Addr,
+    /// Its IPv6 address, where the node has a prefix.
+    pub address6: Option<Ipv6Addr>,
     /// Its source ports (and ICMP identifiers) on the node's address.
     pub ports: RangeInclusive<u16>,
     /// The mark of its connections: its vm_id, never 0.
     pub mark: u32,
-    /// What it may send.
-    pub bandwidth: Bandwidth,
+    /// What its attributes ask for.
+    pub wants: Wants,
+}
+
+impl SliverNet {
+    /// Its IPv6 gateway, on its own link.
+    pub fn gateway6(&self) -> Option<Ipv6Addr> {
+        self.address6.map(|_| GATEWAY6)
+    }
+
+    /// All its addresses.
+    pub fn addresses(&self) -> impl Iterator<Item = std::net::IpAddr> {
+        let v6 = self.address6.map(std::net::IpAddr::V6);
+        std::iter::once(std::net::IpAddr::V4(self.address)).chain(v6)
+    }
 }
 
 impl Plan {
@@ -72,9 +89,54 @@ impl Plan {
         }
         Ok(Self {
             net: net.trunc(),
+            net6: None,
             first_port,
             block,
         })
+    }
+
+    /// With IPv6 addresses from `net6`, which must be routed to the node.
+    pub fn with_net6(mut self, net6: Option<Ipv6Net>) -> Result<Self, NetError> {
+        if let Some(net6) = net6 {
+            let address = net6.network();
+            let unicast =
+                !address.is_multicast() && !address.is_unicast_link_local() && !address.is_loopback();
+            if !(16..=112).contains(&net6.prefix_len()) || !unicast {
+                return Err(NetError::Config {
+                    what: "IPv6 network of the slivers",
+                    value: net6.to_string(),
+                    allowed: "a unicast prefix of /16 to /112 that is routed to the node".to_owned(),
+                });
+            }
+        }
+        self.net6 = net6.map(|net6| net6.trunc());
+        Ok(self)
+    }
+
+    /// The network that slivers' IPv6 addresses are from.
+    pub fn net6(&self) -> Option<Ipv6Net> {
+        self.net6
+    }
+
+    /// The node's own ephemeral ports: the upper half of what is below the slivers' blocks.
+    pub fn ephemeral(&self) -> RangeInclusive<u16> {
+        let last = self.first_port - 1;
+        (last / 2 + 1).max(1024)..=last
+    }
+
+    /// Ports that slivers may own: all below the node's ephemeral ones but its ssh and its DHCP
+    /// client.
+    pub fn ownable(&self) -> PortSet {
+        let last = self.ephemeral().start() - 1;
+        let mut ports = PortSet::default();
+        let mut nodes = PortSet::default();
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            ports.insert(protocol, PortRange { first: 1, last });
+        }
+        nodes.insert(Protocol::Tcp, PortRange { first: 22, last: 22 });
+        nodes.insert(Protocol::Udp, PortRange { first: 67, last: 68 });
+        ports.subtract(&nodes);
+        ports
     }
 
     /// The network that slivers' addresses are from.
@@ -101,7 +163,7 @@ impl Plan {
     }
 
     /// The place of the sliver with this index.
-    pub fn sliver(&self, index: u16, mark: u32, bandwidth: Bandwidth) -> Result<SliverNet, NetError> {
+    pub fn sliver(&self, index: u16, mark: u32, wants: Wants) -> Result<SliverNet, NetError> {
         let refuse = |what, value: String, allowed: String| Err(NetError::Config { what, value, allowed });
         if index >= self.capacity() {
             return refuse(
@@ -117,7 +179,15 @@ impl Plan {
                 "anything but 0, which marks what is not a sliver's".to_owned(),
             );
         }
+        let ownable = self.ownable();
+        if !ownable.contains_all(&wants.ports) {
+            return refuse("owned ports", wants.ports.to_string(), ownable.to_string());
+        }
         let address = self.nth(u32::from(index) + 2);
+        let address6 = self.net6.map(|net6| {
+            // The prefix leaves 16 bits at least, which hold index + 2.
+            Ipv6Addr::from(u128::from(net6.network()) + u128::from(index) + 2)
+        });
         // Both fit: index < capacity bounds the block's end by 65535.
         let first = (u32::from(self.first_port) + u32::from(index) * u32::from(self.block)) as u16;
         let ports = first..=first + (self.block - 1);
@@ -126,9 +196,10 @@ impl Plan {
             tap: tap_name(index),
             mac: mac_of(address),
             address,
+            address6,
             ports,
             mark,
-            bandwidth,
+            wants,
         })
     }
 
@@ -141,6 +212,25 @@ impl Plan {
     fn nth(&self, offset: u32) -> Ipv4Addr {
         Ipv4Addr::from(u32::from(self.net.network()) + offset)
     }
+}
+
+/// The gateway of every tap: link-local, so that no address of the prefix is lost to it.
+pub(super) const GATEWAY6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
+
+/// The address that a guest gives itself on its link (RFC 4291, appendix A).
+pub(super) fn link_local(mac: Mac) -> Ipv6Addr {
+    let [a, b, c, d, e, f] = mac;
+    let word = |high, low| u16::from_be_bytes([high, low]);
+    Ipv6Addr::new(
+        0xfe80,
+        0,
+        0,
+        0,
+        word(a ^ 2, b),
+        word(c, 0xff),
+        word(0xfe, d),
+        word(e, f),
+    )
 }
 
 /// The tap of the sliver with this index.
@@ -168,14 +258,23 @@ mod tests {
     use std::collections::BTreeSet;
 
     use mandoline_limits::Rate;
+    use mandoline_limits::shaper::Bandwidth;
     use proptest::prelude::*;
 
     use super::*;
 
-    const BANDWIDTH: fn() -> Bandwidth = || Bandwidth {
-        guarantee: Rate::MIN,
-        peak: None,
-    };
+    fn wants() -> Wants {
+        Wants {
+            slice: "plc.a_b".to_owned(),
+            bandwidth: Bandwidth {
+                guarantee: Rate::MIN,
+                peak: None,
+            },
+            sustained: None,
+            flow_limit: None,
+            ports: PortSet::default(),
+        }
+    }
 
     #[test]
     fn refusals_name_what_is_allowed() {
@@ -191,13 +290,62 @@ mod tests {
         let plan = Plan::new(net, 20_000, 64).unwrap();
         assert_eq!(plan.capacity(), 711);
         assert!(
-            plan.sliver(711, 1, BANDWIDTH())
+            plan.sliver(711, 1, wants())
                 .unwrap_err()
                 .to_string()
                 .contains("710")
         );
-        assert!(plan.sliver(0, 0, BANDWIDTH()).is_err());
+        assert!(plan.sliver(0, 0, wants()).is_err());
         assert_eq!(index_of_tap("mtap007"), None);
+        for bad in ["fe80::/64", "ff00::/16", "2001:db8::/113"] {
+            let refused = plan.clone().with_net6(Some(bad.parse().unwrap())).unwrap_err();
+            assert!(refused.to_string().contains(bad), "{refused}");
+        }
+    }
+
+    #[test]
+    fn the_nodes_own_ports_are_no_slivers() {
+        let plan = Plan::new("10.128.0.0/16".parse().unwrap(), 20_000, 64).unwrap();
+        assert_eq!(plan.ephemeral(), 10_000..=19_999);
+        assert_eq!(
+            plan.ownable().to_string(),
+            "tcp/1-21,tcp/23-9999,udp/1-66,udp/69-9999"
+        );
+        for (item, mine) in [
+            ("tcp/80", true),
+            ("tcp/22", false),
+            ("udp/68", false),
+            ("tcp/10000", false),
+            ("udp/20000-20063", false),
+        ] {
+            let mut wants = wants();
+            let (protocol, range) = PortSet::parse_item(item).unwrap();
+            wants.ports.insert(protocol, range);
+            let sliver = plan.sliver(0, 1, wants);
+            assert_eq!(sliver.is_ok(), mine, "{item}");
+            if let Err(error) = sliver {
+                assert!(
+                    error.to_string().contains(item) && error.to_string().contains("tcp/23-9999"),
+                    "{error}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn ipv6_addresses_are_counted_like_the_others() {
+        let plan = Plan::new("10.128.0.0/16".parse().unwrap(), 20_000, 64).unwrap();
+        assert_eq!(plan.sliver(5, 1, wants()).unwrap().address6, None);
+        let plan = plan
+            .with_net6(Some("2001:db8:0:7::/64".parse().unwrap()))
+            .unwrap();
+        let sliver = plan.sliver(5, 1, wants()).unwrap();
+        assert_eq!(sliver.address6, Some("2001:db8:0:7::7".parse().unwrap()));
+        assert_eq!(sliver.addresses().count(), 2);
+        assert_eq!(
+            link_local(sliver.mac),
+            "fe80::aff:fe80:7".parse::<Ipv6Addr>().unwrap()
+        );
     }
 
     proptest! {
@@ -209,7 +357,7 @@ mod tests {
             prop_assert!(capacity > 0);
             let mut indexes: BTreeSet<u16> = (0..64).map(|i| (seed.wrapping_mul(i * 2 + 1) % u32::from(capacity)) as u16).collect();
             indexes.extend([0, capacity - 1]);
-            let slivers: Vec<_> = indexes.iter().map(|i| plan.sliver(*i, 1, BANDWIDTH()).unwrap()).collect();
+            let slivers: Vec<_> = indexes.iter().map(|i| plan.sliver(*i, 1, wants()).unwrap()).collect();
             for (n, a) in slivers.iter().enumerate() {
                 prop_assert!(plan.net().contains(&a.address) && a.address != plan.gateway());
                 prop_assert_eq!(a.ports.len(), usize::from(block));

@@ -75,11 +75,6 @@ impl Shaping {
         }
     }
 
-    /// Whether something is known of this sliver.
-    pub(super) fn has(&self, index: u16) -> bool {
-        self.slivers.contains_key(&index)
-    }
-
     /// What makes or changes a sliver's classes, and those of others as far as they depend on it.
     pub(super) fn set(&mut self, index: u16, bandwidth: Bandwidth) -> Result<Vec<Request>> {
         check(&bandwidth)?;

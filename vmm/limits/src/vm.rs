@@ -151,7 +151,7 @@ pub fn apply(limits: &VmLimits) -> Result<Guard> {
         requests.extend(
             wanted
                 .address
-                .map(|(address, prefix)| link::add_address(device.index, address, prefix)),
+                .map(|(address, prefix)| link::add_address(device.index, address.into(), prefix)),
         );
         connection.execute(&requests)?;
     }

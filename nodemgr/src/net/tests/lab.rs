@@ -8,6 +8,7 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use mandoline_limits::Rate;
 use mandoline_limits::netlink::link::{Mac, add_address, add_neighbour, change};
 use mandoline_limits::netlink::{CREATE, EXCL};
+use mandoline_rspec::PortSet;
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::{LinkVeth, RouteMessageBuilder};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -26,6 +27,11 @@ pub(super) const PORTLESS: u8 = 253;
 
 /// Runs a test in a network namespace that ends with it.
 pub(super) fn in_namespace(test: impl FnOnce(Lab) + Send + 'static) {
+    in_namespace_with(config(), test);
+}
+
+/// The same, with a configuration of the test's own.
+pub(super) fn in_namespace_with(config: NetworkConfig, test: impl FnOnce(Lab) + Send + 'static) {
     if !rustix::process::geteuid().is_root() {
         return eprintln!("skipped: needs root for a network namespace");
     }
@@ -40,7 +46,7 @@ pub(super) fn in_namespace(test: impl FnOnce(Lab) + Send + 'static) {
         if !std::path::Path::new("/usr/sbin/nft").exists() {
             return eprintln!("skipped: needs /usr/sbin/nft (apt-get install nftables)");
         }
-        test(Lab::new());
+        test(Lab::new(config));
     });
     if let Err(panic) = thread.join() {
         std::panic::resume_unwind(panic);
@@ -49,6 +55,7 @@ pub(super) fn in_namespace(test: impl FnOnce(Lab) + Send + 'static) {
 
 /// A node with an uplink whose far end is ours.
 pub(super) struct Lab {
+    pub(super) config: NetworkConfig,
     pub(super) core: Core,
     pub(super) route: Connection,
     pub(super) far: OwnedFd,
@@ -61,7 +68,7 @@ pub(super) fn config() -> NetworkConfig {
 }
 
 impl Lab {
-    pub(super) fn new() -> Self {
+    fn new(config: NetworkConfig) -> Self {
         let mut route = Connection::route().unwrap();
         let veth = RouteNetlinkMessage::NewLink(LinkVeth::new("up0", "up1").build());
         route
@@ -80,8 +87,8 @@ impl Lab {
             .execute(&[
                 change(near.index, "up0", up),
                 change(far.index, "up1", up),
-                add_address(near.index, NODE, 24),
-                add_neighbour(near.index, FAR, far_mac),
+                add_address(near.index, NODE.into(), 24),
+                add_neighbour(near.index, FAR.into(), far_mac),
                 Request::route(
                     "set the default route",
                     CREATE,
@@ -91,8 +98,9 @@ impl Lab {
                 ),
             ])
             .unwrap();
-        let core = Core::start(config()).unwrap();
+        let core = Core::start(config.clone()).unwrap();
         Self {
+            config,
             core,
             route,
             far: packet_socket(far.index),
@@ -103,18 +111,29 @@ impl Lab {
 
     pub(super) fn sliver(&self, index: u16) -> SliverNet {
         let mbit = |n: u64| Rate::from_bits_per_second(n * 1_000_000).unwrap();
-        let bandwidth = Bandwidth {
-            guarantee: mbit(2),
-            peak: Some(mbit(20)),
+        let wants = Wants {
+            slice: format!("plc.test_{index}"),
+            bandwidth: Bandwidth {
+                guarantee: mbit(2),
+                peak: Some(mbit(20)),
+            },
+            sustained: None,
+            flow_limit: None,
+            ports: PortSet::default(),
         };
-        Plan::new(config().net, 20_000, 64)
+        self.config
+            .plan()
             .unwrap()
-            .sliver(index, 0x1000 + u32::from(index), bandwidth)
+            .sliver(index, 0x1000 + u32::from(index), wants)
             .unwrap()
     }
 
     pub(super) fn add(&mut self, index: u16) -> Guest {
         let net = self.sliver(index);
+        self.add_net(net)
+    }
+
+    pub(super) fn add_net(&mut self, net: SliverNet) -> Guest {
         let tap = self.core.add_sliver(&net).unwrap();
         let gateway = self.route.require_link(&net.tap).unwrap().mac.unwrap();
         Guest { net, tap, gateway }
@@ -127,6 +146,35 @@ impl Lab {
                 return packet;
             }
         }
+    }
+
+    /// Waits until a sliver's counters are as they should be; the time only ends a test that has
+    /// failed.
+    pub(super) fn until(&mut self, index: u16, right: impl Fn(&SliverCounters) -> bool) -> SliverCounters {
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        loop {
+            let counters = self.core.counters().unwrap()[&index];
+            if right(&counters) {
+                return counters;
+            }
+            assert!(std::time::Instant::now() < end, "{counters:?}");
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    }
+
+    /// The uplink's next frame of this type.
+    pub(super) fn leaves_frame(&self, ethertype: [u8; 2]) -> Vec<u8> {
+        loop {
+            let frame = receive(&self.far);
+            if frame[..6] == self.far_mac && frame[12..14] == ethertype {
+                return frame;
+            }
+        }
+    }
+
+    /// Sends a frame to the node from outside.
+    pub(super) fn arrives_frame(&self, frame: &[u8]) {
+        write(&self.far, frame);
     }
 
     /// Sends a packet to the node from outside.
@@ -162,6 +210,16 @@ impl Guest {
             port,
             to,
             to_port: 9,
+        }
+    }
+
+    /// The next frame of this type that is sent to the sliver alone.
+    pub(super) fn gets_frame(&self, ethertype: [u8; 2]) -> Vec<u8> {
+        loop {
+            let frame = receive(&self.tap).split_off(VNET_HDR_LEN as usize);
+            if frame[..6] == self.net.mac && frame[12..14] == ethertype {
+                return frame;
+            }
         }
     }
 
@@ -230,6 +288,8 @@ pub(super) struct Packet {
     /// Source port, or the identifier of an echo.
     pub(super) port: u16,
     pub(super) to: Ipv4Addr,
+    /// Destination port.
+    pub(super) to_port: u16,
 }
 
 impl Packet {
@@ -246,6 +306,7 @@ impl Packet {
             from: address(12)?,
             port: u16::from_be_bytes([ip[at], ip[at + 1]]),
             to: address(16)?,
+            to_port: u16::from_be_bytes([ip[22], ip[23]]),
         })
     }
 }

@@ -2,11 +2,16 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod flows;
+mod ipv6;
 mod lab;
+mod ports;
 mod shaping;
 
 use mandoline_limits::netlink::Connection;
+use mandoline_limits::netlink::nft::{Element, device_field};
 
+use super::elements::Set;
 use super::*;
 use lab::*;
 
@@ -150,15 +155,12 @@ fn a_flood_is_held_to_the_peak_rate() {
     in_namespace(|mut lab| {
         let guest = lab.add(0);
         let slow = Rate::from_bits_per_second(80_000).unwrap();
-        lab.core
-            .set_bandwidth(
-                0,
-                &Bandwidth {
-                    guarantee: slow,
-                    peak: Some(slow),
-                },
-            )
-            .unwrap();
+        let mut net = guest.net.clone();
+        net.wants.bandwidth = Bandwidth {
+            guarantee: slow,
+            peak: Some(slow),
+        };
+        lab.core.update_sliver(&net).unwrap();
         let class = lab.core.list().unwrap()[&0].class.unwrap();
         assert_eq!((class.rate, class.ceil), (slow, slow));
         // 5000 frames of 51 bytes at once: the bucket lets about 3 kB through, the queue holds 128 KiB.
@@ -168,17 +170,8 @@ fn a_flood_is_held_to_the_peak_rate() {
         lab.leaves();
         let stats = lab.core.counters().unwrap()[&0].sent;
         assert!(stats.drops > 2_000 && stats.overlimits > 0, "{stats:?}");
-        assert!(
-            lab.core
-                .set_bandwidth(
-                    5,
-                    &Bandwidth {
-                        guarantee: slow,
-                        peak: None
-                    }
-                )
-                .is_err()
-        );
+        net.index = 5;
+        assert!(lab.core.update_sliver(&net).is_err(), "not there");
     });
 }
 
@@ -195,7 +188,7 @@ fn a_restart_disturbs_nothing_and_repairs_what_is_broken() {
         drop(third.tap);
         let mut filter = Connection::netfilter().unwrap();
         filter
-            .commit(&[ruleset::Set::Marks.delete(&mandoline_limits::netlink::nft::device_field("mtap2"))])
+            .commit(&[Set::Marks.delete(&Element::new(device_field("mtap2")))])
             .unwrap();
         let report = lab.core.reconcile(&recorded).unwrap();
         assert_eq!(
@@ -268,7 +261,7 @@ fn what_cannot_be_leaves_nothing_behind() {
         let twice = lab.core.add_sliver(&guest.net).unwrap_err().to_string();
         assert!(twice.contains("mtap0"), "{twice}");
         let mut greedy = lab.sliver(1);
-        greedy.bandwidth.guarantee = Rate::from_bits_per_second(1_000_000_000).unwrap();
+        greedy.wants.bandwidth.guarantee = Rate::from_bits_per_second(1_000_000_000).unwrap();
         assert!(
             lab.core
                 .add_sliver(&greedy)
@@ -288,7 +281,7 @@ fn without_a_port_block_nothing_leaves() {
         let (guest, other) = (lab.add(1), lab.add(2));
         let mut filter = Connection::netfilter().unwrap();
         filter
-            .commit(&[ruleset::Set::Ports.delete(&guest.net.address.octets())])
+            .commit(&[Set::Ports.delete(&Element::new(guest.net.address.octets().to_vec()))])
             .unwrap();
         guest.send(guest.udp(1, FAR));
         other.send(other.udp(2, FAR));
@@ -315,16 +308,9 @@ fn the_handle_does_what_the_thread_does() {
                     (installed.address, installed.mark),
                     (Some(net.address), Some(net.mark))
                 );
-                network
-                    .set_bandwidth(
-                        9,
-                        Bandwidth {
-                            peak: None,
-                            ..net.bandwidth
-                        },
-                    )
-                    .await
-                    .unwrap();
+                let mut changed = net.clone();
+                changed.wants.bandwidth.peak = None;
+                network.update_sliver(changed).await.unwrap();
                 assert_eq!(
                     network.reconcile(vec![net.clone()]).await.unwrap().repaired,
                     [9],

@@ -20,7 +20,7 @@ fn the_tree_has_the_nodes_rate_as_root_and_a_branch_for_each_sliver() {
     in_namespace(|mut lab| {
         let _guests = [(0, 1), (1, 2), (2, 4)].map(|(index, mbit)| {
             let mut net = lab.sliver(index);
-            net.bandwidth.guarantee = rate(mbit * 1_000_000);
+            net.wants.bandwidth.guarantee = rate(mbit * 1_000_000);
             lab.core.add_sliver(&net).unwrap()
         });
         let tree = classes(&mut lab);

@@ -1,14 +1,14 @@
 //! Links, addresses, routes and neighbours: requests to make them, and one list to read them back.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use netlink_packet_core::Parseable;
-use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
+use rtnetlink::packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope};
 use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use rtnetlink::packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
 };
-use rtnetlink::packet_route::route::{RouteAttribute, RouteProtocol, RouteScope};
+use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteProtocol, RouteScope};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::{LinkMessageBuilder, LinkUnspec, RouteMessageBuilder};
 
@@ -94,66 +94,63 @@ pub fn delete(index: u32, name: &str) -> Request {
     .tolerate(libc::ENODEV)
 }
 
-/// Gives a link an IPv4 address; one that it has is kept.
-pub fn add_address(index: u32, address: Ipv4Addr, prefix_len: u8) -> Request {
+/// Gives a link an address; one that it has is kept. An IPv6 address is not looked for on the
+/// link first: who asks for one here knows that nobody else has it.
+pub fn add_address(index: u32, address: IpAddr, prefix_len: u8) -> Request {
     let mut message = AddressMessage::default();
-    message.header.family = AddressFamily::Inet;
+    message.header.family = family(address);
     message.header.index = index;
     message.header.prefix_len = prefix_len;
     message.header.scope = AddressScope::Universe;
+    if address.is_ipv6() {
+        message.header.flags = AddressHeaderFlags::Nodad;
+    }
     message.attributes = vec![
-        AddressAttribute::Local(address.into()),
-        AddressAttribute::Address(address.into()),
+        AddressAttribute::Local(address),
+        AddressAttribute::Address(address),
     ];
     let what = format!("add address {address}/{prefix_len} to link {index}");
     Request::route(what, CREATE | REPLACE, &RouteNetlinkMessage::NewAddress(message))
 }
 
-/// Routes one IPv4 address to a link, sent from `source` when the node itself speaks.
-pub fn add_route(destination: Ipv4Addr, index: u32, source: Option<Ipv4Addr>) -> Request {
+/// Routes one address to a link, sent from `source` when the node itself speaks.
+pub fn add_route(destination: IpAddr, index: u32, source: Option<IpAddr>) -> Request {
     let what = format!("route {destination} to link {index}");
-    Request::route(
-        what,
-        CREATE | REPLACE,
-        &RouteNetlinkMessage::NewRoute(route(destination, index, source)),
-    )
+    let mut message = match destination {
+        IpAddr::V4(v4) => RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(v4, 32)
+            .output_interface(index)
+            .scope(RouteScope::Link)
+            .protocol(RouteProtocol::Static)
+            .build(),
+        // IPv6 knows no scopes of routes.
+        IpAddr::V6(v6) => RouteMessageBuilder::<Ipv6Addr>::new()
+            .destination_prefix(v6, 128)
+            .output_interface(index)
+            .protocol(RouteProtocol::Static)
+            .build(),
+    };
+    message.attributes.extend(source.map(|source| {
+        RouteAttribute::PrefSource(match source {
+            IpAddr::V4(v4) => RouteAddress::Inet(v4),
+            IpAddr::V6(v6) => RouteAddress::Inet6(v6),
+        })
+    }));
+    Request::route(what, CREATE | REPLACE, &RouteNetlinkMessage::NewRoute(message))
 }
 
-/// Takes such a route away.
-pub fn delete_route(destination: Ipv4Addr, index: u32) -> Request {
-    let what = format!("unroute {destination} from link {index}");
-    Request::route(
-        what,
-        0,
-        &RouteNetlinkMessage::DelRoute(route(destination, index, None)),
-    )
-    .tolerate(libc::ESRCH)
-}
-
-fn route(
-    destination: Ipv4Addr,
-    index: u32,
-    source: Option<Ipv4Addr>,
-) -> rtnetlink::packet_route::route::RouteMessage {
-    let route = RouteMessageBuilder::<Ipv4Addr>::new()
-        .destination_prefix(destination, 32)
-        .output_interface(index)
-        .scope(RouteScope::Link)
-        .protocol(RouteProtocol::Static);
-    match source {
-        Some(source) => route.pref_source(source).build(),
-        None => route.build(),
-    }
-}
-
-/// Fixes the Ethernet address behind an IPv4 address: nothing is asked, nothing can be pretended.
-pub fn add_neighbour(index: u32, address: Ipv4Addr, mac: Mac) -> Request {
+/// Fixes the Ethernet address behind an address: nothing is asked, nothing can be pretended.
+pub fn add_neighbour(index: u32, address: IpAddr, mac: Mac) -> Request {
     let mut message = NeighbourMessage::default();
-    message.header.family = AddressFamily::Inet;
+    message.header.family = family(address);
     message.header.ifindex = index;
     message.header.state = NeighbourState::Permanent;
+    let destination = match address {
+        IpAddr::V4(v4) => NeighbourAddress::Inet(v4),
+        IpAddr::V6(v6) => NeighbourAddress::Inet6(v6),
+    };
     message.attributes = vec![
-        NeighbourAttribute::Destination(NeighbourAddress::Inet(address)),
+        NeighbourAttribute::Destination(destination),
         NeighbourAttribute::LinkLayerAddress(mac.to_vec()),
     ];
     let what = format!("fix the neighbour {address} on link {index}");
@@ -162,6 +159,13 @@ pub fn add_neighbour(index: u32, address: Ipv4Addr, mac: Mac) -> Request {
         CREATE | REPLACE,
         &RouteNetlinkMessage::NewNeighbour(message),
     )
+}
+
+fn family(address: IpAddr) -> AddressFamily {
+    match address {
+        IpAddr::V4(_) => AddressFamily::Inet,
+        IpAddr::V6(_) => AddressFamily::Inet6,
+    }
 }
 
 impl Connection {
@@ -202,7 +206,7 @@ impl Connection {
         for (_, payload) in self.dump(&request)? {
             let message = AddressMessage::parse(&payload).map_err(|e| decode("addresses", e))?;
             let local = message.attributes.iter().find_map(|a| match a {
-                AddressAttribute::Local(std::net::IpAddr::V4(v4)) => Some(*v4),
+                AddressAttribute::Local(IpAddr::V4(v4)) => Some(*v4),
                 _ => None,
             });
             if let (true, Some(local)) = (message.header.index == index, local) {
@@ -212,30 +216,18 @@ impl Connection {
         Ok(found)
     }
 
-    /// The host routes (`/32`) of the main table: destination and interface index.
-    pub fn host_routes(&mut self) -> Result<Vec<(Ipv4Addr, u32)>> {
-        let query = RouteMessageBuilder::<Ipv4Addr>::new().build();
-        let request = Request::route("list routes", 0, &RouteNetlinkMessage::GetRoute(query));
+    /// The host routes (`/32`, `/128`) of the main table: destination and interface index.
+    pub fn host_routes(&mut self) -> Result<Vec<(IpAddr, u32)>> {
         let mut found = Vec::new();
-        for (_, payload) in self.dump(&request)? {
-            let message = rtnetlink::packet_route::route::RouteMessage::parse(&payload)
-                .map_err(|e| decode("routes", e))?;
-            // Table 254 is "main"; the local table repeats every address of the node as a /32.
-            if message.header.destination_prefix_length != 32 || message.header.table != 254 {
-                continue;
-            }
-            let mut pair = (None, None);
-            for attribute in &message.attributes {
-                match attribute {
-                    RouteAttribute::Destination(rtnetlink::packet_route::route::RouteAddress::Inet(a)) => {
-                        pair.0 = Some(*a)
-                    }
-                    RouteAttribute::Oif(index) => pair.1 = Some(*index),
-                    _ => {}
-                }
-            }
-            if let (Some(destination), Some(index)) = pair {
-                found.push((destination, index));
+        for query in [
+            RouteMessageBuilder::<Ipv4Addr>::new().build(),
+            RouteMessageBuilder::<Ipv6Addr>::new().build(),
+        ] {
+            let request = Request::route("list routes", 0, &RouteNetlinkMessage::GetRoute(query));
+            for (_, payload) in self.dump(&request)? {
+                let message = rtnetlink::packet_route::route::RouteMessage::parse(&payload)
+                    .map_err(|e| decode("routes", e))?;
+                found.extend(host_route(&message));
             }
         }
         Ok(found)
@@ -268,6 +260,27 @@ impl Connection {
         }
         Ok(best.map(|(_, link)| link))
     }
+}
+
+fn host_route(message: &rtnetlink::packet_route::route::RouteMessage) -> Option<(IpAddr, u32)> {
+    let whole = match message.header.address_family {
+        AddressFamily::Inet6 => 128,
+        _ => 32,
+    };
+    // Table 254 is "main"; the local table repeats every address of the node.
+    if message.header.destination_prefix_length != whole || message.header.table != 254 {
+        return None;
+    }
+    let (mut destination, mut link) = (None, None);
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Destination(RouteAddress::Inet(a)) => destination = Some(IpAddr::V4(*a)),
+            RouteAttribute::Destination(RouteAddress::Inet6(a)) => destination = Some(IpAddr::V6(*a)),
+            RouteAttribute::Oif(index) => link = Some(*index),
+            _ => {}
+        }
+    }
+    Some((destination?, link?))
 }
 
 fn read_link(payload: &[u8]) -> Result<Link> {

@@ -26,6 +26,11 @@ const GETSETELEM: u16 = 13;
 const DELSETELEM: u16 = 14;
 const GETOBJ: u16 = 19;
 
+const SET_ELEM_KEY: u16 = 1;
+const SET_ELEM_EXPR: u16 = 7;
+const SET_ELEM_KEY_END: u16 = 10;
+const SET_ELEM_EXPRESSIONS: u16 = 11;
+
 /// Set on attributes that contain attributes.
 const NESTED: u16 = 0x8000;
 
@@ -75,18 +80,61 @@ pub enum Step {
 }
 
 /// An element of a set or map.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct Element {
-    /// The key, each field padded to four bytes.
+    /// The key, each field padded to four bytes: see [`field`] and [`device_field`]. Of an
+    /// interval, the lowest.
     pub key: Vec<u8>,
+    /// The highest key, in sets of intervals.
+    pub key_end: Option<Vec<u8>>,
     /// What a map holds for it.
     pub data: Option<Vec<u8>>,
-    /// Packets and bytes that matched, where the set counts.
-    pub counter: Option<Counter>,
+    /// A rule that looks the element up goes on only above this limit.
+    pub limit: Option<Limit>,
+}
+
+impl Element {
+    /// A key, and nothing about it.
+    pub fn new(key: Vec<u8>) -> Self {
+        Self {
+            key,
+            ..Self::default()
+        }
+    }
+
+    /// With this as the highest key.
+    #[must_use]
+    pub fn up_to(mut self, key: Vec<u8>) -> Self {
+        self.key_end = Some(key);
+        self
+    }
+
+    /// With this data.
+    #[must_use]
+    pub fn with(mut self, data: Vec<u8>) -> Self {
+        self.data = Some(data);
+        self
+    }
+
+    /// With this limit.
+    #[must_use]
+    pub fn over(mut self, limit: Limit) -> Self {
+        self.limit = Some(limit);
+        self
+    }
+}
+
+/// A limit of an element's own; what is above it is counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Limit {
+    /// So many tracked flows at once (`ct count over N`).
+    Flows(u32),
+    /// So many packets a second, and as many at once (`limit rate over N/second`).
+    PerSecond(u32),
 }
 
 /// Packets and bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct Counter {
     /// Packets.
     pub packets: u64,
@@ -153,24 +201,28 @@ impl Table {
         )
     }
 
-    /// Adds an element, which must not be there. `key` and `data` hold each field padded to four
-    /// bytes: see [`field`] and [`device_field`].
-    pub fn add_element(&self, set: &str, key: &[u8], data: Option<&[u8]>) -> Request {
+    /// Adds an element, which must not be there.
+    pub fn add_element(&self, set: &str, element: &Element) -> Request {
         self.request(
             &format!("add an element to set {set} of"),
             NEWSETELEM,
             CREATE | EXCL,
-            self.element(set, key, data),
+            self.list_of(set, encode(element)),
         )
     }
 
-    /// Deletes an element, which must be there.
-    pub fn delete_element(&self, set: &str, key: &[u8]) -> Request {
+    /// Deletes the element with this key, which must be there.
+    pub fn delete_element(&self, set: &str, element: &Element) -> Request {
+        let key = Element {
+            key: element.key.clone(),
+            key_end: element.key_end.clone(),
+            ..Element::default()
+        };
         self.request(
             &format!("delete an element from set {set} of"),
             DELSETELEM,
             0,
-            self.element(set, key, None),
+            self.list_of(set, encode(&key)),
         )
     }
 
@@ -222,12 +274,7 @@ impl Table {
         )
     }
 
-    fn element(&self, set: &str, key: &[u8], data: Option<&[u8]>) -> Attributes {
-        let value = |bytes: &[u8]| Attributes::default().bytes(1, bytes);
-        let mut element = Attributes::default().nest(1, value(key));
-        if let Some(data) = data {
-            element = element.nest(2, value(data));
-        }
+    fn list_of(&self, set: &str, element: Attributes) -> Attributes {
         Attributes::default()
             .text(1, &self.name)
             .text(2, set)
@@ -246,9 +293,72 @@ impl Table {
     }
 }
 
+/// An element as the kernel takes it.
+fn encode(element: &Element) -> Attributes {
+    const DATA: u16 = 2;
+    let value = |bytes: &[u8]| Attributes::default().bytes(1, bytes);
+    let mut attributes = Attributes::default().nest(SET_ELEM_KEY, value(&element.key));
+    if let Some(data) = &element.data {
+        attributes = attributes.nest(DATA, value(data));
+    }
+    if let Some(limit) = element.limit {
+        let counter = expression("counter", Attributes::default());
+        let both = Attributes::default().nest(1, limit.expression()).nest(1, counter);
+        attributes = attributes.nest(SET_ELEM_EXPRESSIONS, both);
+    }
+    if let Some(end) = &element.key_end {
+        attributes = attributes.nest(SET_ELEM_KEY_END, value(end));
+    }
+    attributes
+}
+
+impl Limit {
+    /// Both kinds have a flag that turns them round: what is above goes on.
+    const ABOVE: u32 = 1;
+
+    fn expression(self) -> Attributes {
+        match self {
+            // NFTA_CONNLIMIT_COUNT, NFTA_CONNLIMIT_FLAGS
+            Limit::Flows(count) => {
+                let data = Attributes::default().number(1, count).number(2, Self::ABOVE);
+                expression("connlimit", data)
+            }
+            // NFTA_LIMIT_RATE, NFTA_LIMIT_UNIT (in seconds), NFTA_LIMIT_BURST, NFTA_LIMIT_TYPE
+            // (packets), NFTA_LIMIT_FLAGS
+            Limit::PerSecond(rate) => {
+                let data = Attributes::default()
+                    .bytes(1, &u64::from(rate).to_be_bytes())
+                    .bytes(2, &1u64.to_be_bytes())
+                    .number(3, rate)
+                    .number(4, 0)
+                    .number(5, Self::ABOVE);
+                expression("limit", data)
+            }
+        }
+    }
+
+    /// Reads an expression back; `None` for one of another kind.
+    fn read(name: &str, data: &BTreeMap<u16, &[u8]>) -> Option<Self> {
+        match name {
+            "connlimit" => {
+                let count = data.get(&1).copied()?.try_into().ok()?;
+                Some(Limit::Flows(u32::from_be_bytes(count)))
+            }
+            "limit" => {
+                let rate = data.get(&1).copied()?.try_into().ok()?;
+                u32::try_from(u64::from_be_bytes(rate)).ok().map(Limit::PerSecond)
+            }
+            _ => None,
+        }
+    }
+}
+
+fn expression(name: &str, data: Attributes) -> Attributes {
+    Attributes::default().text(1, name).nest(2, data)
+}
+
 impl Step {
     fn expressions(&self) -> Vec<Attributes> {
-        let expression = |name: &str, data: Attributes| Attributes::default().text(1, name).nest(2, data);
         let load = |value: u32| {
             // A number in host order, as the packet's priority and an interface index are.
             let data = Attributes::default().bytes(1, &value.to_ne_bytes());
@@ -323,8 +433,8 @@ impl Connection {
         Ok(!self.get(&request)?.is_empty())
     }
 
-    /// The elements of a set or map.
-    pub fn elements(&mut self, table: &Table, set: &str) -> Result<Vec<Element>> {
+    /// The elements of a set or map, and what they have counted where the set counts.
+    pub fn elements(&mut self, table: &Table, set: &str) -> Result<Vec<(Element, Option<Counter>)>> {
         let attributes = Attributes::default().text(1, &table.name).text(2, set);
         let request = table.request(&format!("list set {set} of"), GETSETELEM, 0, attributes);
         let mut elements = Vec::new();
@@ -373,7 +483,7 @@ impl Connection {
     }
 }
 
-fn read_element(bytes: &[u8]) -> Result<Option<Element>> {
+fn read_element(bytes: &[u8]) -> Result<Option<(Element, Option<Counter>)>> {
     let element = attributes(bytes)?;
     let value = |kind| -> Result<Option<Vec<u8>>> {
         let Some(data) = element.get(&kind) else {
@@ -381,26 +491,41 @@ fn read_element(bytes: &[u8]) -> Result<Option<Element>> {
         };
         Ok(attributes(data)?.get(&1).map(|v| v.to_vec()))
     };
-    let counter = element.get(&7).map(|e| read_counter(e)).transpose()?.flatten();
-    let Some(key) = value(1)? else { return Ok(None) };
-    Ok(Some(Element {
-        key,
-        data: value(2)?,
-        counter,
-    }))
-}
-
-/// An expression, if it is a counter.
-fn read_counter(expression: &[u8]) -> Result<Option<Counter>> {
-    let parts = attributes(expression)?;
-    let (Some(name), Some(data)) = (parts.get(&1), parts.get(&2)) else {
+    let Some(key) = value(SET_ELEM_KEY)? else {
         return Ok(None);
     };
-    if text(name) == "counter" {
-        read_counts(data)
-    } else {
-        Ok(None)
+    // One expression stands alone, several in a list.
+    let mut expressions: Vec<Vec<u8>> = element
+        .get(&SET_ELEM_EXPR)
+        .map(|e| e.to_vec())
+        .into_iter()
+        .collect();
+    for item in NlasIterator::new(element.get(&SET_ELEM_EXPRESSIONS).copied().unwrap_or_default()) {
+        expressions.push(
+            item.map_err(|e| decode("the expressions of an element", e))?
+                .value()
+                .to_vec(),
+        );
     }
+    let (mut limit, mut counter) = (None, None);
+    for expression in expressions {
+        let parts = attributes(&expression)?;
+        let (Some(name), Some(data)) = (parts.get(&1).map(|n| text(n)), parts.get(&2)) else {
+            continue;
+        };
+        if name == "counter" {
+            counter = read_counts(data)?;
+        } else {
+            limit = limit.or(Limit::read(&name, &attributes(data)?));
+        }
+    }
+    let element = Element {
+        key,
+        key_end: value(SET_ELEM_KEY_END)?,
+        data: value(2)?,
+        limit,
+    };
+    Ok(Some((element, counter)))
 }
 
 fn read_counts(data: &[u8]) -> Result<Option<Counter>> {
@@ -429,15 +554,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_element_reads_back_what_was_asked() {
-        let table = Table::new(Family::Inet, "t");
+    fn an_element_reads_back_as_it_was_asked_for() {
         let key = [device_field("mtap5"), field(&[1, 2, 3, 4, 5, 6])].concat();
-        let Attributes(bytes) = table.element("s", &key, Some(&[9, 9, 9, 9]));
-        let list = attributes(&bytes).unwrap()[&3];
-        let item = attributes(list).unwrap()[&1];
-        let element = read_element(item).unwrap().unwrap();
-        assert_eq!((element.key.len(), element.data), (24, Some(vec![9; 4])));
-        assert_eq!(device_of_field(&element.key).as_deref(), Some("mtap5"));
+        assert_eq!(device_of_field(&key).as_deref(), Some("mtap5"));
+        let plain = Element::new(key.clone()).with(vec![9; 4]);
+        let interval = plain.clone().up_to(vec![0xff; 24]);
+        let limited = [Limit::Flows(1_000), Limit::PerSecond(10)].map(|l| Element::new(key.clone()).over(l));
+        for element in [plain, interval].iter().chain(&limited) {
+            assert_eq!(key.len(), 24);
+            let Attributes(bytes) = encode(element);
+            let (read, _) = read_element(&bytes).unwrap().unwrap();
+            assert_eq!(read, *element);
+        }
     }
 
     #[test]
