@@ -12,6 +12,14 @@ pub enum RspecError {
         /// The JSON type that stood there.
         found: &'static str,
     },
+    /// The whole is not an rspec in XML.
+    #[error("not an rspec in XML, at byte {at}: {problem}")]
+    NotXml {
+        /// Where.
+        at: u64,
+        /// What is wrong there.
+        problem: String,
+    },
     /// No attribute of that name is in the table.
     #[error("unknown attribute `{attribute}`: known are {allowed}, and names that start with `x-`")]
     Unknown {
@@ -58,7 +66,7 @@ impl RspecError {
     /// The attribute that the error is about, if it is about one.
     pub fn attribute(&self) -> Option<&str> {
         match self {
-            Self::NotAnObject { .. } => None,
+            Self::NotAnObject { .. } | Self::NotXml { .. } => None,
             Self::Unknown { attribute, .. }
             | Self::Invalid { attribute, .. }
             | Self::Exceeds { attribute, .. }
@@ -73,14 +81,14 @@ impl RspecError {
             Self::Unknown { value, .. } | Self::Invalid { value, .. } | Self::Exceeds { value, .. } => {
                 Some(value)
             }
-            Self::Missing { .. } => None,
+            Self::Missing { .. } | Self::NotXml { .. } => None,
         }
     }
 
     /// What would have been accepted.
     pub fn allowed(&self) -> Option<&str> {
         match self {
-            Self::NotAnObject { .. } => None,
+            Self::NotAnObject { .. } | Self::NotXml { .. } => None,
             Self::Unknown { allowed, .. }
             | Self::Invalid { allowed, .. }
             | Self::Exceeds { allowed, .. }

@@ -1,4 +1,4 @@
-//! rspecs and their arithmetic, names, rcaps, loans: the vocabulary of Mandoline.
+//! rspecs and their arithmetic, names, rcaps, loans, tickets: the vocabulary of Mandoline.
 //!
 //! No I/O and no async: everything here is data and arithmetic, so that the node manager, the authority
 //! and the command line agree on what an rspec means by sharing this code.
@@ -16,8 +16,10 @@ mod profile;
 mod rcap;
 mod rspec;
 mod shares;
+mod ticket;
 mod units;
 mod value;
+mod xml;
 
 pub use attributes::{
     ATTRIBUTE_TABLE_VERSION, ATTRIBUTES, Attribute, Kind, Setter, Type, attribute, attribute_names,
@@ -31,6 +33,9 @@ pub use profile::{MANDOLINE, PROFILES, Profile};
 pub use rcap::Rcap;
 pub use rspec::Rspec;
 pub use shares::{CPU_SHARES, Guarantees};
+pub use ticket::{
+    Claims, Narrowing, PublicKey, TICKET_LINKS_MAX, TICKET_MAX, Ticket, TicketError, Trust, TrustedKey,
+};
 pub use units::{format_bytes, format_rate, parse_bytes, parse_rate};
 pub use value::Value;
 

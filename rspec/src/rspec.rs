@@ -47,7 +47,7 @@ impl Rspec {
 
     /// Sets one attribute from JSON. The same attribute under two names is refused.
     pub fn set_json(&mut self, name: &str, json: &Json) -> Result<(), RspecError> {
-        if name.starts_with("x-") && name.len() <= 64 {
+        if name.starts_with("x-") && name.len() <= 64 && name.bytes().all(|byte| byte.is_ascii_graphic()) {
             self.values.insert(name.to_owned(), Value::Foreign(json.clone()));
             return Ok(());
         }
