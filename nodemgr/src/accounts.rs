@@ -103,6 +103,7 @@ mod tests {
             vm_id,
             index: vm_id as u16,
             slice: format!("plc.{account}").parse().unwrap(),
+            vm_type: mandoline_rspec::KVM_MICROVM.to_owned(),
             account: account.to_owned(),
             rspec: Rspec::from_json(&serde_json::json!({ "keys": keys })).unwrap(),
         }

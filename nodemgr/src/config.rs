@@ -12,11 +12,13 @@ use mandoline_rspec::{
 use serde::Deserialize;
 
 use crate::caller::{Service, Services};
+use crate::host_service::Program;
 use crate::kvm;
 use crate::net::NetworkConfig;
 use crate::ops::Overbook;
 use crate::owner::Entry;
 use crate::policy::SITE_ADMIN;
+use crate::pressure::PressureConfig;
 
 /// Why the configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -85,6 +87,8 @@ pub struct Config {
     pub kvm: kvm::KvmConfig,
     /// Accounts for ssh through the node.
     pub accounts: AccountsConfig,
+    /// When the node is short of memory or disk.
+    pub pressure: PressureConfig,
     /// The sensors.
     pub sensors: SensorsConfig,
 }
@@ -117,7 +121,7 @@ fn address_or_off<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<So
 }
 
 /// A service of the host.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ServiceConfig {
     /// The user that it runs as, by name.
@@ -132,6 +136,13 @@ pub struct ServiceConfig {
     /// The Unix socket on which slivers reach it, by its name here.
     #[serde(default)]
     pub socket: Option<PathBuf>,
+    /// The program with its arguments, by which `host-service` runs it when a pool is bound to it; empty: the host
+    /// runs it by other means.
+    #[serde(default)]
+    pub command: Vec<String>,
+    /// What root runs before each start of `command`.
+    #[serde(default)]
+    pub prepare: Vec<String>,
 }
 
 /// How far limits may be overbooked: the sum of all slivers' over what the node has.
@@ -254,7 +265,7 @@ impl Default for Config {
             user: Some("pl_conf".to_owned()),
             uid: None,
             authorities: authority().into_iter().collect(),
-            socket: None,
+            ..ServiceConfig::default()
         };
         Self {
             state_dir: "/var/lib/mandoline".into(),
@@ -278,6 +289,7 @@ impl Default for Config {
             kvm: kvm::KvmConfig::default(),
             accounts: AccountsConfig::default(),
             sensors: SensorsConfig::default(),
+            pressure: PressureConfig::default(),
         }
     }
 }
@@ -330,6 +342,14 @@ impl Config {
         ] {
             if !(value > 0.0 && value <= 1000.0) {
                 return refuse(setting, value.to_string(), "allowed: above 0, at most 1000");
+            }
+        }
+        for (setting, value) in [
+            ("pressure.swap_percent", self.pressure.swap_percent),
+            ("pressure.memory_percent", self.pressure.memory_percent),
+        ] {
+            if !(1..=100).contains(&value) {
+                return refuse(setting, value.to_string(), "allowed: 1 to 100");
             }
         }
         for (name, backend) in &self.vm_type_names {
@@ -454,6 +474,29 @@ impl Config {
         }
     }
 
+    /// The services that `host-service` runs, by the slice that they act as. None of them is root.
+    pub fn programs(&self, passwd: &str) -> BTreeMap<SliceId, Program> {
+        let found = self.services.iter().filter_map(|(name, service)| {
+            if service.command.is_empty() {
+                return None;
+            }
+            let by_name = service.user.as_deref().and_then(|user| uid_of(passwd, user));
+            let Some(uid) = service.uid.or(by_name).filter(|uid| *uid != 0) else {
+                tracing::warn!(%name, user = service.user, "service has no user but root on this node: it is not run");
+                return None;
+            };
+            let program = Program {
+                command: service.command.clone(),
+                prepare: service.prepare.clone(),
+                uid,
+                // A number without an entry has the group of its own number, as user private groups have it.
+                gid: gid_of(passwd, uid).unwrap_or(uid),
+            };
+            Some((SliceId::local(name.clone()), program))
+        });
+        found.collect()
+    }
+
     /// The services of the host, by uid. A user that does not exist is left out with a warning: the service
     /// may not be installed.
     pub fn services(&self, passwd: &str) -> Services {
@@ -484,6 +527,14 @@ impl Config {
     }
 }
 
+/// A user's group, from the text of `/etc/passwd`.
+fn gid_of(passwd: &str, uid: u32) -> Option<u32> {
+    passwd.lines().find_map(|line| {
+        let mut fields = line.split(':').skip(2);
+        (fields.next()?.parse() == Ok(uid)).then(|| fields.next()?.parse().ok())?
+    })
+}
+
 /// A user's number, from the text of `/etc/passwd`: services are local users, not a directory's.
 fn uid_of(passwd: &str, user: &str) -> Option<u32> {
     passwd.lines().find_map(|line| {
@@ -509,6 +560,22 @@ mod tests {
     }
 
     #[test]
+    fn services_with_a_command_run_as_their_user_and_never_as_root() {
+        let text = "[services.pl_conf]\nuser = \"pl_conf\"\ncommand = [\"/bin/scs\", \"-v\"]\n[services.a_b]\nuid = 0\n\
+                    command = [\"/bin/b\"]\n[services.c_d]\nuid = 7\n[services.e_f]\nuid = 8\ncommand = [\"/bin/e\"]";
+        let config: Config = toml::from_str(text).unwrap();
+        let programs = config.programs("root:x:0:0::/:\npl_conf:x:990:991::/:/bin/false\n");
+        let named: Vec<_> = programs
+            .iter()
+            .map(|(slice, p)| (slice.to_string(), p.uid, p.gid))
+            .collect();
+        assert_eq!(
+            named,
+            [("e_f".to_owned(), 8, 8), ("pl_conf".to_owned(), 990, 991)]
+        );
+    }
+
+    #[test]
     fn wrong_settings_are_named() {
         for (text, names) in [
             ("stat_dir = \"/x\"", "stat_dir"),
@@ -521,6 +588,7 @@ mod tests {
             ("[sensors]\nlisten = \"0.0.0.0:33080\"", "sensors.listen"),
             ("[overbook]\nmemory = 0", "overbook.memory"),
             ("default_profile = \"plc\"", "planetlab-paper"),
+            ("[pressure]\nswap_percent = 0", "pressure.swap_percent"),
         ] {
             let message = match toml::from_str::<Config>(text) {
                 Ok(config) => config.check().unwrap_err().to_string(),

@@ -44,6 +44,28 @@ pub struct Waker {
     pub bell: Notify,
     /// When the request that caused the current start came in, `CLOCK_MONOTONIC` ns.
     pub since_ns: AtomicU64,
+    /// What the node's state asks of it.
+    pub orders: Mutex<Orders>,
+}
+
+/// What the state of the node asks of a sliver; nothing that is recorded.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Orders {
+    /// Stop it at once and start it again, for this reason.
+    pub reset: Option<String>,
+    /// Let it wait for as long as this reason holds.
+    pub hold: Option<String>,
+}
+
+impl Waker {
+    /// The orders as they are now. A reset is given once.
+    pub fn take_orders(&self) -> Orders {
+        let mut orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
+        Orders {
+            reset: orders.reset.take(),
+            hold: orders.hold.clone(),
+        }
+    }
 }
 
 /// A request that carries an idempotency key.
@@ -385,6 +407,7 @@ impl Core {
             vm_id: sliver.vm_id,
             index: sliver.index,
             slice: sliver.slice.clone(),
+            vm_type: sliver.vm_type.clone(),
             account: self.rules.account(&sliver.slice),
             rspec,
         }
@@ -452,6 +475,15 @@ impl Core {
             waker.since_ns.store(since, Ordering::Relaxed);
         }
         waker.bell.notify_one();
+    }
+
+    /// Orders a sliver's supervisor about, and rings it.
+    pub fn order(&self, vm_id: VmId, alter: impl FnOnce(&mut Orders)) {
+        let wakers = self.wakers.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(waker) = wakers.get(&vm_id) {
+            alter(&mut waker.orders.lock().unwrap_or_else(PoisonError::into_inner));
+            waker.bell.notify_one();
+        }
     }
 
     /// The answer that an outcome stands for.

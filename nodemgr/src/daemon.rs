@@ -17,6 +17,7 @@ use tokio::time::MissedTickBehavior;
 use crate::cgroup::Tree;
 use crate::config::{Config, ConfigError};
 use crate::core::{Clock, Core, unix_ns};
+use crate::host_service::{HOST_SERVICE, HostServices};
 use crate::http::{self, Channel};
 use crate::kvm::Kvm;
 use crate::net::{NetError, Network};
@@ -27,7 +28,7 @@ use crate::services::{Dispatcher, Streams};
 use crate::store::{Store, StoreError};
 use crate::usage::Meter;
 use crate::vm_type::{Failure, Registry};
-use crate::{accounts, capacity, sensors};
+use crate::{accounts, capacity, pressure, sensors};
 
 /// How often what is recorded is compared with what is there.
 const RECONCILE: Duration = Duration::from_secs(30);
@@ -109,7 +110,9 @@ pub fn open_core_at(
         local_names: config.local_names.clone(),
         services: config.services(&passwd),
         vm_types,
-        default_vm_types: std::collections::BTreeMap::new(),
+        default_vm_types: (config.programs(&passwd).into_keys())
+            .map(|slice| (slice, HOST_SERVICE.to_owned()))
+            .collect(),
         overbook: config.overbook(),
         max_slivers,
         profile: config.profile()?,
@@ -189,6 +192,13 @@ pub async fn run(config: Config, stop: watch::Receiver<bool>) -> Result<(), Star
     ));
     let mut registry = Registry::default();
     registry.add(Arc::clone(&kvm) as _);
+    let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
+    registry.add(Arc::new(HostServices::new(
+        config.programs(&passwd),
+        Arc::clone(&tree),
+        &config.run_dir,
+        &config.log_dir,
+    )));
     let core = open_core(&config, node, registry, max_slivers)?;
     for backend in core.registry.iter() {
         let info = backend.info();
@@ -206,11 +216,17 @@ pub async fn run(config: Config, stop: watch::Receiver<bool>) -> Result<(), Star
     apply_script(&core, &config.owner_script);
     let specs = core.specs();
     tree.take_over(specs.iter().map(|spec| (spec.vm_id, &spec.rspec)));
-    kvm.reconcile_network(&specs).await?;
+    kvm.reconcile_network(specs.iter().filter(|spec| spec.vm_type != HOST_SERVICE))
+        .await?;
     for vm_id in core.recorded() {
         core.wake(vm_id, None);
     }
     let tasks = [
+        tokio::spawn(pressure::watch(
+            Arc::clone(&core),
+            config.pressure,
+            config.state_dir.clone(),
+        )),
         tokio::spawn(keep_accounts(Arc::clone(&core), config.accounts.clone())),
         tokio::spawn(reconcile(Arc::clone(&core))),
         tokio::spawn(tick(Arc::clone(&core), Arc::clone(&kvm), tree)),
@@ -392,7 +408,12 @@ async fn bound_node(core: Arc<Core>, network: Network) {
 /// Writes the node's accounts whenever slivers come or go.
 async fn keep_accounts(core: Arc<Core>, config: crate::config::AccountsConfig) {
     loop {
-        let (specs, settings) = (core.specs(), config.clone());
+        let (mut specs, settings) = (core.specs(), config.clone());
+        // Only what has an address can be logged in to; a service of the host has its user there already.
+        specs.retain(|spec| {
+            let backend = core.registry.get(&spec.vm_type);
+            backend.is_some_and(|backend| backend.address(spec).is_some())
+        });
         match tokio::task::spawn_blocking(move || accounts::write(&settings, &specs)).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => {

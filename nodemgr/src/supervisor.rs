@@ -27,7 +27,7 @@ use tokio::time::Instant;
 
 use crate::core::{Core, Waker, unix_ns};
 use crate::state::{Sliver, Wanted};
-use crate::vm_type::{Exit, Failure, Report, Reports, SliverSpec, VmType, monotonic_ns};
+use crate::vm_type::{Exit, Failure, Report, Reports, Resized, SliverSpec, VmType, monotonic_ns};
 
 /// How long a sliver's own system may take to stop before it is killed.
 const GRACE: Duration = Duration::from_secs(10);
@@ -48,6 +48,8 @@ struct Supervisor {
     failures: u32,
     retry_at: Option<Instant>,
     gave_up: bool,
+    /// The state in which it was told to wait.
+    held: Option<SliverState>,
 }
 
 struct Running {
@@ -86,6 +88,7 @@ pub async fn run(core: Arc<Core>, vm_id: VmId, waker: Arc<Waker>) {
         failures: 0,
         retry_at: None,
         gave_up: false,
+        held: None,
     };
     supervisor.adopt(&sliver).await;
     supervisor.run(vm_id).await;
@@ -97,6 +100,10 @@ impl Supervisor {
             let Some(sliver) = self.core.sliver(vm_id) else {
                 return;
             };
+            let orders = self.waker.take_orders();
+            if let Some(reason) = orders.reset {
+                self.reset(&sliver, reason).await;
+            }
             match sliver.wanted {
                 Wanted::Destroyed => {
                     if self.retry_at.is_none() && self.destroy(&sliver).await {
@@ -104,7 +111,7 @@ impl Supervisor {
                     }
                 }
                 Wanted::Stopped => self.stopped(&sliver).await,
-                Wanted::Running => self.wanted_running(&sliver).await,
+                Wanted::Running => self.wanted_running(&sliver, orders.hold).await,
             }
             let retry_at = self.retry_at;
             tokio::select! {
@@ -127,6 +134,10 @@ impl Supervisor {
         match self.backend.adopt(&spec, &reports).await {
             Ok(true) => {
                 tracing::info!(vm_id = sliver.vm_id, slice = %sliver.slice, "adopted");
+                // An earlier node manager may have let it wait; this one finds out for itself whether it has to.
+                if let Err(failure) = self.backend.resume(sliver.vm_id).await {
+                    tracing::debug!(vm_id = sliver.vm_id, %failure, "not resumed");
+                }
                 self.running = Some(Running {
                     reports: receiver,
                     since: Instant::now(),
@@ -213,7 +224,65 @@ impl Supervisor {
         );
     }
 
-    async fn wanted_running(&mut self, sliver: &Sliver) {
+    /// Ends it at once; it is started again like one that died, without waiting.
+    async fn reset(&mut self, sliver: &Sliver, reason: String) {
+        if self.running.is_none() || sliver.wanted != Wanted::Running {
+            return;
+        }
+        let spec = self.core.spec(sliver);
+        self.clean(&spec).await;
+        self.waker.since_ns.store(monotonic_ns(), Ordering::Relaxed);
+        let news = News {
+            state: Some(SliverState::Failed),
+            reason: Some((reason, Some(FailureClass::Retryable))),
+            clear_reason: false,
+        };
+        self.tell(sliver, news, |_| {});
+    }
+
+    /// Lets what runs wait, or go on.
+    async fn hold(&mut self, sliver: &Sliver, hold: Option<String>) {
+        if self.running.is_none() {
+            self.held = None;
+            return;
+        }
+        match (hold, self.held) {
+            (Some(reason), None) => match self.backend.pause(sliver.vm_id).await {
+                Ok(()) => {
+                    self.held = Some(self.core.event_of(sliver).state);
+                    let news = News {
+                        state: Some(SliverState::Paused),
+                        reason: Some((reason, Some(FailureClass::Continuable))),
+                        clear_reason: false,
+                    };
+                    self.tell(sliver, news, |_| {});
+                }
+                Err(failure) => tracing::warn!(vm_id = sliver.vm_id, %failure, "cannot be paused"),
+            },
+            (None, Some(before)) => match self.backend.resume(sliver.vm_id).await {
+                Ok(()) => {
+                    self.held = None;
+                    let news = News {
+                        state: Some(before),
+                        reason: None,
+                        clear_reason: true,
+                    };
+                    self.tell(sliver, news, |_| {});
+                }
+                Err(failure) => self.fail_soon(sliver, &failure),
+            },
+            _ => {}
+        }
+    }
+
+    /// What did not go on is looked at again soon.
+    fn fail_soon(&mut self, sliver: &Sliver, failure: &Failure) {
+        tracing::error!(vm_id = sliver.vm_id, %failure, "does not go on; trying again");
+        self.retry_at = Some(Instant::now() + FIRST_RETRY);
+    }
+
+    async fn wanted_running(&mut self, sliver: &Sliver, hold: Option<String>) {
+        self.hold(sliver, hold.clone()).await;
         if let Some(running) = &mut self.running {
             if running.restarts != sliver.restarts {
                 self.running = None;
@@ -224,22 +293,20 @@ impl Supervisor {
             } else if running.resizes != sliver.resizes {
                 running.resizes = sliver.resizes;
                 let spec = self.core.spec(sliver);
-                if let Err(failure) = self.backend.resize(&spec).await {
-                    tracing::warn!(vm_id = sliver.vm_id, %failure, "resources not changed live");
-                    let reason = Some((failure.reason, Some(FailureClass::Continuable)));
-                    self.tell(
-                        sliver,
-                        News {
-                            reason,
-                            ..News::default()
-                        },
-                        |_| {},
-                    );
-                }
+                let resized = self.backend.resize(&spec).await;
+                self.resized(sliver, resized);
             }
         }
         if self.running.is_some() || self.gave_up || self.retry_at.is_some() {
             return;
+        }
+        if let Some(reason) = hold {
+            // Rung again when it may start.
+            let news = News {
+                reason: Some((reason, Some(FailureClass::Retryable))),
+                ..News::default()
+            };
+            return self.tell(sliver, news, |_| {});
         }
         let spec = self.core.spec(sliver);
         if let Some(wait) = not_yet(&spec, self.core.now()) {
@@ -247,6 +314,34 @@ impl Supervisor {
             return;
         }
         self.start(sliver, &spec).await;
+    }
+
+    /// Tells what came of a change of resources.
+    fn resized(&self, sliver: &Sliver, resized: Result<Resized, Failure>) {
+        let reason = match resized {
+            Ok(resized) if resized.waits.is_empty() => {
+                // What an earlier change left waiting may be in order now.
+                let told = self.core.event_of(sliver);
+                if told.class == Some(FailureClass::Continuable) {
+                    let news = News {
+                        clear_reason: true,
+                        ..News::default()
+                    };
+                    self.tell(sliver, news, |_| {});
+                }
+                return;
+            }
+            Ok(resized) => format!("waits for its next start: {}", resized.waits.join("; ")),
+            Err(failure) => {
+                tracing::warn!(vm_id = sliver.vm_id, %failure, "resources not changed live");
+                failure.reason
+            }
+        };
+        let news = News {
+            reason: Some((reason, Some(FailureClass::Continuable))),
+            ..News::default()
+        };
+        self.tell(sliver, news, |_| {});
     }
 
     async fn start(&mut self, sliver: &Sliver, spec: &SliverSpec) {
@@ -370,6 +465,7 @@ impl Supervisor {
 
     async fn clean(&mut self, spec: &SliverSpec) {
         self.running = None;
+        self.held = None;
         if let Err(failure) = self.backend.stop(spec, Duration::ZERO).await {
             tracing::error!(vm_id = spec.vm_id, %failure, "not cleaned up; the reconcile loop tries again");
         }
@@ -380,7 +476,11 @@ impl Supervisor {
         self.failures += 1;
         // What is to end is tried for ever.
         let to_end = sliver.wanted != Wanted::Running;
-        if failure.class == FailureClass::Retryable && self.failures >= GIVE_UP_AFTER && !to_end {
+        if failure.class == FailureClass::Retryable
+            && self.failures >= GIVE_UP_AFTER
+            && self.backend.gives_up()
+            && !to_end
+        {
             failure.class = FailureClass::Fatal;
             failure.reason = format!("{} (the {}th time in a row)", failure.reason, self.failures);
         }

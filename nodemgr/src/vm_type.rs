@@ -55,6 +55,8 @@ pub struct SliverSpec {
     pub index: u16,
     /// Whose it is.
     pub slice: SliceId,
+    /// The backend that runs it.
+    pub vm_type: String,
     /// Its account on the node, also the first part of its host name.
     pub account: String,
     /// Its resources, with every default filled in.
@@ -136,10 +138,22 @@ pub struct Stats {
     pub disk: u64,
 }
 
+/// What came of a change of resources.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Resized {
+    /// What a running VM cannot have, and gets at its next start.
+    pub waits: Vec<String>,
+}
+
 /// A virtualisation.
 pub trait VmType: Send + Sync + 'static {
     /// The name in `vm_type`.
     fn name(&self) -> &'static str;
+
+    /// Whether a sliver that dies again and again is left alone at last, until somebody asks for it.
+    fn gives_up(&self) -> bool {
+        true
+    }
 
     /// Whether it can be used on this node, and what it can do.
     fn info(&self) -> VmTypeInfo;
@@ -166,8 +180,9 @@ pub trait VmType: Send + Sync + 'static {
     /// Lets them run again.
     fn resume(&self, vm_id: VmId) -> Work<'_, ()>;
 
-    /// Brings a running VM to changed resources, as far as `info` says that this can be done live.
-    fn resize<'a>(&'a self, sliver: &'a SliverSpec) -> Work<'a, ()>;
+    /// Brings a running VM to changed resources, as far as `info` says that this can be done live, and names what
+    /// waits for its next start.
+    fn resize<'a>(&'a self, sliver: &'a SliverSpec) -> Work<'a, Resized>;
 
     /// What it uses.
     fn stats(&self, vm_id: VmId) -> Work<'_, Stats>;
@@ -184,6 +199,18 @@ pub trait VmType: Send + Sync + 'static {
     /// The ids of all VMs of which anything is on the node: processes, disks, taps. What the core does not
     /// know of these is destroyed.
     fn present(&self) -> Work<'_, BTreeSet<VmId>>;
+}
+
+/// Does on a thread of its own what blocks.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(Failure::retryable(format!(
+            "a step of the backend failed: {error}"
+        ))),
+    }
 }
 
 /// The backends of a node by name.

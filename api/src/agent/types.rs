@@ -26,6 +26,8 @@ pub enum Request {
         /// Lines of root's `authorized_keys`.
         keys: Vec<String>,
     },
+    /// Let the file system of the sliver's disk fill its device, which grew. Answer: [`GrowDiskReply`].
+    GrowDisk,
     /// Stop. Answer: [`ShutdownReply`], before anything is stopped.
     Shutdown {
         /// Whether the monitor should start the sliver again.
@@ -294,6 +296,15 @@ pub struct SetKeysReply {
     pub keys: usize,
     /// Whether the file was another before.
     pub changed: bool,
+}
+
+/// The disk's file system fills its device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GrowDiskReply {
+    /// Length of the device in bytes.
+    pub bytes: u64,
+    /// Whether the file system was smaller before.
+    pub grown: bool,
 }
 
 /// The shutdown begins.

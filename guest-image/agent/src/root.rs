@@ -9,9 +9,11 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _, symlink};
 use std::path::Path;
 
+use mandoline_api::agent::GrowDiskReply;
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_move, mount_remount, unmount};
 
 use crate::error::{Context as _, Error};
@@ -157,6 +159,33 @@ fn overlay_and_pivot() -> Result<(), Error> {
         warning!("letting go of the old root: {e}");
     }
     Ok(())
+}
+
+/// `EXT4_IOC_RESIZE_FS` (Documentation/admin-guide/ext4.rst): the new length in blocks.
+const EXT4_IOC_RESIZE_FS: libc::c_ulong = 0x4008_6610;
+
+/// Lets the disk's file system fill its device, mounted as it is. The device may have grown; it never shrinks.
+pub(crate) fn grow(device: &str) -> Result<GrowDiskReply, Error> {
+    let name = device.rsplit('/').next().unwrap_or_default();
+    let path = format!("/sys/class/block/{name}/size");
+    let sectors = fs::read_to_string(&path).context(|| format!("reading {path}"))?;
+    let sectors: u64 = sectors
+        .trim()
+        .parse()
+        .map_err(|_| Error::NotFound(format!("{path} is {sectors:?}, no number of sectors")))?;
+    let disk = fs::File::open(DISK).context(|| format!("opening {DISK}"))?;
+    let before = rustix::fs::fstatvfs(&disk).context(|| format!("asking for the size of {DISK}"))?;
+    let blocks = sectors * 512 / before.f_frsize.max(512);
+    // SAFETY: the descriptor is open, and the kernel reads one u64 from where the pointer leads.
+    let done = unsafe { libc::ioctl(disk.as_raw_fd(), EXT4_IOC_RESIZE_FS, &raw const blocks) };
+    if done != 0 {
+        return Err(io::Error::last_os_error()).context(|| format!("growing {DISK} to {blocks} blocks"));
+    }
+    let after = rustix::fs::fstatvfs(&disk).context(|| format!("asking for the size of {DISK}"))?;
+    Ok(GrowDiskReply {
+        bytes: sectors * 512,
+        grown: after.f_blocks > before.f_blocks,
+    })
 }
 
 /// Writes everything out and makes the file systems read-only, once no process is left that writes.

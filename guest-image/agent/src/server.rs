@@ -2,20 +2,21 @@
 
 use std::fs::File;
 use std::os::fd::AsFd as _;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use mandoline_api::agent::frame::decode;
 use mandoline_api::agent::{
-    ErrorReply, FrameError, Phase, Request, SetKeysReply, ShutdownReply, read_frame, write_frame,
+    ErrorReply, FrameError, GrowDiskReply, Phase, Request, SetKeysReply, ShutdownReply, read_frame,
+    write_frame,
 };
 use serde::Serialize;
 
 use crate::agent::{Agent, Command};
 use crate::error::Error;
 use crate::log::warning;
-use crate::{exec, identity, initscript, join};
+use crate::{exec, identity, initscript, join, root};
 
 /// Streams served at once; `exec` sessions among them.
 const MOST: u32 = 64;
@@ -29,7 +30,15 @@ const STACK: usize = 256 * 1024;
 /// Milliseconds between SIGTERM and SIGKILL: default and maximum.
 const GRACE_MS: (u32, u32) = (5_000, 60_000);
 
-const OPERATIONS: [&str; 6] = ["hello", "join", "status", "exec", "set_keys", "shutdown"];
+const OPERATIONS: [&str; 7] = [
+    "hello",
+    "join",
+    "status",
+    "exec",
+    "set_keys",
+    "grow_disk",
+    "shutdown",
+];
 
 /// How many streams are served now.
 static SERVED: AtomicU32 = AtomicU32::new(0);
@@ -112,6 +121,7 @@ fn converse(agent: &Arc<Agent>, mut stream: File) {
                 }
             }
             Request::SetKeys { keys } => answer(&mut stream, set_keys(agent, &keys)),
+            Request::GrowDisk => answer(&mut stream, grow_disk(agent)),
             Request::Shutdown { mode, grace_ms } => {
                 let sent = answer(&mut stream, Ok(ShutdownReply { mode }));
                 let grace_ms = grace_ms.unwrap_or(GRACE_MS.0).min(GRACE_MS.1);
@@ -160,6 +170,16 @@ fn set_keys(agent: &Agent, keys: &[String]) -> Result<SetKeysReply, Error> {
         keys: keys.len(),
         changed: identity::write_keys(keys)?,
     })
+}
+
+fn grow_disk(agent: &Agent) -> Result<GrowDiskReply, Error> {
+    let life = agent.life.lock().unwrap_or_else(PoisonError::into_inner);
+    match &life.root {
+        Some(Some(device)) => root::grow(device),
+        _ => Err(Error::WrongPhase(
+            "the guest has not joined, or has no disk of its own".into(),
+        )),
+    }
 }
 
 fn exec_session(agent: &Agent, request: &mandoline_api::agent::Exec) -> Result<exec::Session, Error> {

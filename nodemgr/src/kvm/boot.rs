@@ -4,7 +4,9 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 
-use mandoline_api::monitor::{BootSource, Drive, Entropy, MachineConfig, NetworkInterface, VmConfig, Vsock};
+use mandoline_api::monitor::{
+    Balloon, BootSource, Drive, Entropy, MachineConfig, NetworkInterface, VmConfig, Vsock,
+};
 use mandoline_rspec::Rspec;
 use rustix::fs::{MemfdFlags, SealFlags};
 
@@ -46,6 +48,16 @@ pub(super) fn config(kvm: &KvmConfig, rspec: &Rspec, net: &SliverNet) -> VmConfi
             guest_cid: GUEST_CID,
             uds_path: "fd:vsock".to_owned(),
             vsock_id: None,
+        }),
+        // Empty as long as the sliver has the memory that it was booted with. A guest that runs short ends a program of
+        // its own rather than take back what is no longer its sliver's.
+        balloon: Some(Balloon {
+            amount_mib: 0,
+            deflate_on_oom: false,
+            // So that the monitor says how full it is. The guest's own numbers are not used: seldom.
+            stats_polling_interval_s: u16::MAX,
+            free_page_hinting: false,
+            free_page_reporting: false,
         }),
         entropy: Some(Entropy::default()),
         ..VmConfig::default()

@@ -93,6 +93,65 @@ pub(super) fn make(template: &Path, disk: &Path) -> Result<(), Failure> {
     sync(directory).map_err(|e| failed("sync", directory, &e))
 }
 
+/// Whether a disk grew.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Grown {
+    /// It has the wanted length already.
+    No,
+    /// It had less.
+    Yes,
+    /// It has more: this many bytes. A file system that is in use does not shrink.
+    Longer(u64),
+}
+
+/// Lets a disk have `bytes` if it has less; what is added is a hole.
+pub(super) fn grow(disk: &Path, bytes: u64) -> Result<(File, Grown), Failure> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(disk)
+        .map_err(|e| failed("open", disk, &e))?;
+    let length = file.metadata().map_err(|e| failed("read", disk, &e))?.len();
+    if length >= bytes {
+        let grown = if length > bytes {
+            Grown::Longer(length)
+        } else {
+            Grown::No
+        };
+        return Ok((file, grown));
+    }
+    file.set_len(bytes)
+        .and_then(|()| file.sync_all())
+        .map_err(|e| failed("grow", disk, &e))?;
+    Ok((file, Grown::Yes))
+}
+
+/// Whether the ext4 on a disk says that it is shorter than the disk (Documentation/filesystems/ext4/super.rst). The
+/// guest writes there what it likes: this decides only whether its agent is asked to grow it.
+pub(super) fn is_unfilled(disk: &Path) -> bool {
+    use std::os::unix::fs::FileExt;
+    let mut block = [0; 1024];
+    let Ok(file) = File::open(disk) else { return false };
+    let Ok(length) = file.metadata().map(|meta| meta.len()) else {
+        return false;
+    };
+    if file.read_exact_at(&mut block, 1024).is_err() {
+        return false;
+    }
+    let number = |at: usize| {
+        u64::from(u32::from_le_bytes([
+            block[at],
+            block[at + 1],
+            block[at + 2],
+            block[at + 3],
+        ]))
+    };
+    let blocks = number(0x4) | number(0x150) << 32;
+    let size = 1024u64.checked_shl(number(0x18).min(6) as u32).unwrap_or(BLOCK);
+    let magic = u16::from_le_bytes([block[0x38], block[0x39]]);
+    magic == 0xef53 && blocks < length / size
+}
+
 /// Removes a disk, and what a copy that was broken off has left.
 pub(super) fn remove(disk: &Path) -> Result<(), Failure> {
     for path in [disk.to_owned(), disk.with_extension("new")] {
@@ -241,6 +300,28 @@ mod tests {
 
     fn source_read(path: &Path, buffer: &mut [u8], at: u64) {
         File::open(path).unwrap().read_exact_at(buffer, at).unwrap();
+    }
+
+    #[test]
+    fn disks_grow_and_never_shrink() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = dir.path().join("1.img");
+        let file = File::create(&disk).unwrap();
+        file.set_len(64 << 20).unwrap();
+        let mut superblock = [0; 1024];
+        superblock[0x4..0x8].copy_from_slice(&(16u32 << 10).to_le_bytes());
+        superblock[0x18] = 2;
+        superblock[0x38..0x3a].copy_from_slice(&0xef53u16.to_le_bytes());
+        file.write_all_at(&superblock, 1024).unwrap();
+        assert!(!is_unfilled(&disk));
+        assert_eq!(grow(&disk, 64 << 20).unwrap().1, Grown::No);
+        assert_eq!(grow(&disk, 32 << 20).unwrap().1, Grown::Longer(64 << 20));
+        assert_eq!(grow(&disk, 80 << 20).unwrap().1, Grown::Yes);
+        assert_eq!(fs::metadata(&disk).unwrap().len(), 80 << 20);
+        assert!(is_unfilled(&disk));
+        // What is no ext4 is left alone.
+        file.write_all_at(&[0; 1024], 1024).unwrap();
+        assert!(!is_unfilled(&disk));
     }
 
     #[test]

@@ -17,7 +17,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::process::{WaitId, WaitIdOptions};
 
 use super::config::{KvmConfig, Places};
-use super::monitor::{self, Handover, KEPT_FD, Launch, Passed};
+use super::monitor::{self, Booted, Handover, KEPT_FD, Launch, Passed};
 use super::{boot, disk};
 use crate::cgroup::{Limits, Tree};
 use crate::vm_type::{Failure, Reports, Stats, monotonic_ns};
@@ -50,6 +50,7 @@ pub(super) struct Start {
     pub(super) places: Places,
     pub(super) vm: VmConfig,
     pub(super) vm_id: VmId,
+    pub(super) booted: Booted,
     pub(super) uid: u32,
     pub(super) limits: Limits,
     pub(super) tree: Arc<Tree>,
@@ -108,6 +109,7 @@ impl Start {
         // Written before the start: whoever finds the monitor later finds this.
         let handover = Handover {
             kept_fd: ours.as_raw_fd(),
+            booted: Some(self.booted),
         };
         let path = self.places.handover(vm_id);
         let text = serde_json::to_vec(&handover).map_err(|e| Failure::fatal(e.to_string()))?;
@@ -242,9 +244,7 @@ pub(super) fn adopt(cgroup: &Path, handover: &Path) -> Result<Option<(OwnedFd, O
     let found = monitor::find(cgroup)
         .map_err(|e| Failure::retryable(format!("processes of {}: {e}", cgroup.display())))?;
     let Some(pidfd) = found else { return Ok(None) };
-    let kept = fs::read(handover)
-        .ok()
-        .and_then(|text| serde_json::from_slice::<Handover>(&text).ok())
+    let kept = self::handover(handover)
         .ok_or_else(|| io::Error::other("no handover file"))
         .and_then(|handover| monitor::fetch_kept(pidfd.as_fd(), &handover));
     let outward = match kept {
@@ -256,6 +256,11 @@ pub(super) fn adopt(cgroup: &Path, handover: &Path) -> Result<Option<(OwnedFd, O
         }
     };
     Ok(Some((pidfd, outward)))
+}
+
+/// What an earlier node manager has written down of a monitor.
+pub(super) fn handover(path: &Path) -> Option<Handover> {
+    serde_json::from_slice(&fs::read(path).ok()?).ok()
 }
 
 /// What a sliver uses.

@@ -14,10 +14,12 @@
 mod agent;
 mod boot;
 mod config;
+mod control;
 mod disk;
 mod host;
 mod monitor;
 mod outward;
+mod resize;
 mod session;
 mod values;
 
@@ -28,7 +30,8 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use mandoline_api::agent::{Request, SetKeysReply, ShutdownMode, ShutdownReply};
+use mandoline_api::agent::{Request, ShutdownMode, ShutdownReply};
+use mandoline_api::monitor::{VmPatch, VmPatchState};
 use mandoline_api::nodemgr::{VmId, VmTypeInfo};
 use mandoline_rspec::{KVM_MICROVM, Rspec};
 use tokio::io::unix::AsyncFd;
@@ -40,15 +43,16 @@ pub use config::KvmConfig;
 use crate::cgroup::Tree;
 use crate::net::{Network, SliverNet, Wants};
 use crate::services::{Dispatcher, Who};
-use crate::vm_type::{Failure, Reports, SliverSpec, Stats, VmType, Work};
+use crate::vm_type::{Failure, Reports, Resized, SliverSpec, Stats, VmType, Work, blocking};
 use config::Places;
+use monitor::Booted;
 use outward::Outward;
 
 /// How long a killed monitor may take to be gone: closing a VM takes up to 70 ms, emulated and loaded more.
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// What can be done to a VM of ours.
-const CAPABILITIES: [&str; 10] = [
+const CAPABILITIES: [&str; 12] = [
     "pause",
     "channel",
     "resize:cpu_share",
@@ -56,7 +60,9 @@ const CAPABILITIES: [&str; 10] = [
     "resize:cpu_capped",
     "resize:base_rate",
     "resize:burst_rate",
+    "resize:mem_limit",
     "resize:mem_reserve",
+    "resize:disk_quota",
     "resize:keys",
     "stats",
 ];
@@ -116,9 +122,11 @@ impl Kvm {
 
     /// Brings the network's tables to what is recorded, before anything is started: what an earlier node
     /// manager left behind goes, what living slivers need is put right.
-    pub async fn reconcile_network(&self, recorded: &[SliverSpec]) -> Result<(), Failure> {
+    pub async fn reconcile_network<'a>(
+        &self,
+        recorded: impl Iterator<Item = &'a SliverSpec>,
+    ) -> Result<(), Failure> {
         let slivers = recorded
-            .iter()
             .map(|spec| self.net(spec))
             .collect::<Result<Vec<_>, _>>()?;
         let found = self
@@ -174,6 +182,7 @@ impl Kvm {
         let session = session::Session {
             vsock: self.places.vsock(sliver.vm_id),
             state: self.places.state(sliver.vm_id),
+            disk: self.places.disk(sliver.vm_id),
             join: self.join(sliver)?,
             pidfd: Arc::clone(&pidfd),
             outward,
@@ -211,7 +220,13 @@ impl Kvm {
         }
         let disk = self.places.disk(sliver.vm_id);
         let template = self.template(&sliver.rspec).await?;
-        blocking(move || disk::make(&template, &disk)).await
+        let wanted = disk::size_of(sliver.rspec.number("disk_quota").unwrap_or(0));
+        blocking(move || {
+            disk::make(&template, &disk)?;
+            // Its quota may have risen since it was made.
+            disk::grow(&disk, wanted).map(drop)
+        })
+        .await
     }
 
     async fn template(&self, rspec: &Rspec) -> Result<std::path::PathBuf, Failure> {
@@ -238,6 +253,10 @@ impl Kvm {
             places: self.places.clone(),
             vm: boot::config(&self.config, &sliver.rspec, &net),
             vm_id: sliver.vm_id,
+            booted: Booted {
+                mem_mib: sliver.rspec.number("mem_limit").unwrap_or(0) >> 20,
+                vcpus: sliver.rspec.number("vcpus").unwrap_or(1),
+            },
             uid: self.config.first_uid + u32::from(sliver.index),
             limits,
             tree: Arc::clone(&self.tree),
@@ -288,21 +307,8 @@ impl Kvm {
         }
     }
 
-    async fn control(&self, vm_id: VmId, state: &'static str) -> Result<(), Failure> {
-        let client = mandoline_api::unix::Client::new(self.places.api(vm_id));
-        let body = serde_json::json!({ "state": state });
-        let answer = client
-            .request(hyper::Method::PATCH, "/vm", Some(&body), &[])
-            .await;
-        match answer {
-            Ok(answer) if answer.status < 300 => Ok(()),
-            Ok(answer) => Err(Failure::retryable(format!(
-                "the monitor refuses {state} with {}: {}",
-                answer.status,
-                String::from_utf8_lossy(&answer.body)
-            ))),
-            Err(error) => Err(Failure::retryable(error.to_string())),
-        }
+    async fn control(&self, vm_id: VmId, state: VmPatchState) -> Result<(), Failure> {
+        control::set_state(&self.places.api(vm_id), VmPatch { state }).await
     }
 }
 
@@ -370,34 +376,15 @@ impl VmType for Kvm {
     }
 
     fn pause(&self, vm_id: VmId) -> Work<'_, ()> {
-        Box::pin(self.control(vm_id, "Paused"))
+        Box::pin(self.control(vm_id, VmPatchState::Paused))
     }
 
     fn resume(&self, vm_id: VmId) -> Work<'_, ()> {
-        Box::pin(self.control(vm_id, "Resumed"))
+        Box::pin(self.control(vm_id, VmPatchState::Resumed))
     }
 
-    fn resize<'a>(&'a self, sliver: &'a SliverSpec) -> Work<'a, ()> {
-        Box::pin(async move {
-            let limits = values::limits(&self.config, &sliver.rspec)?;
-            let (tree, vm_id) = (Arc::clone(&self.tree), sliver.vm_id);
-            blocking(move || tree.change(vm_id, &limits)).await?;
-            self.network
-                .update_sliver(self.net(sliver)?)
-                .await
-                .map_err(|e| Failure::retryable(e.to_string()))?;
-            let request = Request::SetKeys {
-                keys: sliver.rspec.keys().to_vec(),
-            };
-            match agent::ask::<SetKeysReply>(&self.places.vsock(sliver.vm_id), &request).await {
-                Ok(_) => Ok(()),
-                // A guest that is not joined yet gets its keys with the join.
-                Err(error) => {
-                    tracing::info!(vm_id = sliver.vm_id, %error, "keys not changed");
-                    Ok(())
-                }
-            }
-        })
+    fn resize<'a>(&'a self, sliver: &'a SliverSpec) -> Work<'a, Resized> {
+        Box::pin(self.resize_live(sliver))
     }
 
     fn stats(&self, vm_id: VmId) -> Work<'_, Stats> {
@@ -433,16 +420,5 @@ impl VmType for Kvm {
     fn present(&self) -> Work<'_, BTreeSet<VmId>> {
         let (places, tree) = (self.places.clone(), Arc::clone(&self.tree));
         Box::pin(blocking(move || Ok(host::present(&places, &tree))))
-    }
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
-) -> Result<T, Failure> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(error) => Err(Failure::retryable(format!(
-            "a step of the backend failed: {error}"
-        ))),
     }
 }

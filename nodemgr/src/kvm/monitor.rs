@@ -27,6 +27,18 @@ pub(super) const KEPT_FD: &str = mandoline_api::monitor::VSOCK_OUT_KEPT_FD;
 pub(super) struct Handover {
     /// Number of our end of the outward socket, in the monitor.
     pub(super) kept_fd: RawFd,
+    /// What the VM was booted with; absent in what an earlier version has written.
+    #[serde(default)]
+    pub(super) booted: Option<Booted>,
+}
+
+/// What a VM was booted with, and cannot grow beyond.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Booted {
+    /// Guest memory in MiB.
+    pub(super) mem_mib: u64,
+    /// Virtual CPUs.
+    pub(super) vcpus: u64,
 }
 
 /// A descriptor for the monitor, with its name there.
@@ -325,6 +337,7 @@ mod tests {
         let pidfd = start(dir.path(), &script, passed);
         let handover = Handover {
             kept_fd: ours.as_raw_fd(),
+            booted: None,
         };
         drop(ours);
         // The gate opens for writing once the script has come that far.

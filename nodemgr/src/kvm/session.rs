@@ -18,15 +18,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mandoline_api::agent::{
-    self, Bytes, Cidr, Event, HelloReply, Initscript, Interface, Join, JoinReply, Request, StatusReply,
+    self, Bytes, Cidr, Event, GrowDiskReply, HelloReply, Initscript, Interface, Join, JoinReply, Request,
+    StatusReply,
 };
 use mandoline_api::nodemgr;
 use tokio::io::unix::AsyncFd;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::agent::{Frames, ask};
-use super::monitor;
 use super::outward::Outward;
+use super::{disk, monitor};
 use crate::core::unix_ns;
 use crate::net::SliverNet;
 use crate::vm_type::{Failure, Report, Reports};
@@ -54,6 +55,7 @@ pub(super) struct Identity {
 pub(super) struct Session {
     pub(super) vsock: PathBuf,
     pub(super) state: PathBuf,
+    pub(super) disk: PathBuf,
     pub(super) join: Identity,
     pub(super) pidfd: Arc<AsyncFd<OwnedFd>>,
     pub(super) outward: Option<Outward>,
@@ -160,6 +162,7 @@ impl Session {
             match tokio::time::timeout(self.join_timeout, asked).await {
                 Ok(Ok(reply)) => {
                     self.joined(reply);
+                    self.fill_disk().await;
                     return Ok(());
                 }
                 Ok(Err(error)) => last = error.to_string(),
@@ -168,6 +171,22 @@ impl Session {
             tracing::warn!(slice = self.join.slice, error = last, "join failed");
         }
         Err(Failure::retryable(format!("its agent could not join: {last}")))
+    }
+
+    /// A disk that grew while no agent could be asked.
+    async fn fill_disk(&self) {
+        let path = self.disk.clone();
+        let unfilled = tokio::task::spawn_blocking(move || disk::is_unfilled(&path)).await;
+        if !unfilled.unwrap_or(false) {
+            return;
+        }
+        match ask::<GrowDiskReply>(&self.vsock, &Request::GrowDisk).await {
+            Ok(reply) => tracing::info!(slice = self.join.slice, ?reply, "disk grown"),
+            Err(error) => {
+                let reason = format!("disk_quota: the file system did not grow: {error}");
+                self.reports.tell(Report::Lacks(reason));
+            }
+        }
     }
 
     /// A guest that has joined answers the same join with the same answer.

@@ -15,7 +15,9 @@ use mandoline_nodemgr::daemon::{self, Sockets};
 use mandoline_nodemgr::ops::Operation;
 use mandoline_nodemgr::store::Outcome;
 use mandoline_nodemgr::usage::Meter;
-use mandoline_nodemgr::vm_type::{Exit, Failure, Registry, Report, Reports, SliverSpec, Stats, VmType, Work};
+use mandoline_nodemgr::vm_type::{
+    Exit, Failure, Registry, Report, Reports, Resized, SliverSpec, Stats, VmType, Work,
+};
 use mandoline_rspec::{AuthorityName, Rspec, SliceName};
 use serde_json::{Value, json};
 use tokio::net::UnixStream;
@@ -37,6 +39,8 @@ pub struct World {
     pub next_starts_fail: Vec<Failure>,
     pub stats: Stats,
     pub capabilities: Vec<String>,
+    pub stats_of: BTreeMap<VmId, Stats>,
+    pub paused: BTreeSet<VmId>,
 }
 
 /// The backend.
@@ -121,21 +125,25 @@ impl VmType for TestBackend {
         done(Ok(()))
     }
 
-    fn pause(&self, _: VmId) -> Work<'_, ()> {
-        done(Err(Failure::fatal("no pause")))
-    }
-
-    fn resume(&self, _: VmId) -> Work<'_, ()> {
-        done(Err(Failure::fatal("no resume")))
-    }
-
-    fn resize<'a>(&'a self, sliver: &'a SliverSpec) -> Work<'a, ()> {
-        self.world().resizes.push(sliver.rspec.clone());
+    fn pause(&self, vm_id: VmId) -> Work<'_, ()> {
+        self.world().paused.insert(vm_id);
         done(Ok(()))
     }
 
-    fn stats(&self, _: VmId) -> Work<'_, Stats> {
-        done(Ok(self.world().stats))
+    fn resume(&self, vm_id: VmId) -> Work<'_, ()> {
+        self.world().paused.remove(&vm_id);
+        done(Ok(()))
+    }
+
+    fn resize<'a>(&'a self, sliver: &'a SliverSpec) -> Work<'a, Resized> {
+        self.world().resizes.push(sliver.rspec.clone());
+        done(Ok(Resized::default()))
+    }
+
+    fn stats(&self, vm_id: VmId) -> Work<'_, Stats> {
+        let world = self.world();
+        let stats = world.stats_of.get(&vm_id).copied();
+        done(Ok(stats.unwrap_or(world.stats)))
     }
 
     fn snapshot<'a>(&'a self, _: VmId, _: &'a Path) -> Work<'a, ()> {
@@ -200,7 +208,7 @@ pub fn config(dir: &Path) -> Config {
         user: None,
         uid: Some(rustix::process::getuid().as_raw()),
         authorities: vec![AuthorityName::new("plc").unwrap()],
-        socket: None,
+        ..ServiceConfig::default()
     };
     Config {
         state_dir: dir.join("state"),

@@ -92,3 +92,76 @@ fn limits_are_the_kernels_and_change_while_slivers_run() -> Tested {
     node.power_off()?;
     Ok(())
 }
+
+#[test]
+#[ignore = "lab"]
+fn memory_and_disk_change_while_a_sliver_runs() -> Tested {
+    let mut lab = Lab::new()?;
+    let node = start(&mut lab, NodeSpec::named("resized"))?;
+    let nm = Manager(&node);
+    // The boot script says what the sliver has, on its console, whenever it changes.
+    let watch = "#!/bin/sh\nwhile :; do
+        echo \"has $(df --output=size -B1M / | tail -n1) MiB of disk\"; sleep 1; done > /dev/ttyS0\n";
+    let rspec = json!({"vm_type": "kvm-microvm", "mem_limit": "160 MiB", "disk_quota": "200 MB", "initscript": watch});
+    let made = nm.sliver("plc.x_resized", &rspec)?;
+    nm.wait_state(made.vm_id, "reachable")?;
+    let vm_id = made.vm_id;
+    let console = format!("/var/log/mandoline/slivers/{vm_id}/console");
+    let disk_of = |text: &str| -> u64 {
+        let last = text
+            .lines()
+            .rev()
+            .find_map(|line| line.trim().strip_prefix("has "));
+        last.and_then(|line| line.split_whitespace().next()?.parse().ok())
+            .unwrap_or(0)
+    };
+    let before = disk_of(&nm.wait_file(&console, |text| disk_of(text) > 0)?);
+    assert!(before < 200, "{before}");
+
+    // Half a gigabyte more, bound to the sliver that runs: its file system has it without a new start.
+    let monitor = nm.read(&format!("{SLIVERS}/best-effort/{vm_id}/cgroup.procs"))?;
+    let more = nm.root_pool(
+        "plc.x_resized",
+        &json!({"disk_quota": "500 MB", "mem_limit": "40 MiB"}),
+    )?;
+    nm.call("bind", &json!({"rcap": more, "slice_name": "plc.x_resized"}))?;
+    let after = disk_of(&nm.wait_file(&console, |text| disk_of(text) > 500)?);
+    assert!(after < 700, "{after}");
+    let length = node.shell(&format!("stat -c %s /var/lib/mandoline/disks/{vm_id}.img"))?;
+    assert_eq!(length.trim(), (700_000_000u64 / 4096 * 4096).to_string());
+    // More memory than it was booted with waits, and the sliver says so.
+    let told = nm.wait(vm_id, "told what waits", |sliver| {
+        sliver["class"] == "continuable"
+    })?;
+    let reason = told["reason"].as_str().unwrap_or_default().to_owned();
+    assert!(
+        reason.contains("mem_limit is 200 MiB") && reason.contains("160 MiB"),
+        "{reason}"
+    );
+    assert_eq!(told["state"], "reachable");
+
+    // Started again, it has the memory; given back, the balloon takes it, and the kernel holds it to that.
+    nm.call("restart", &json!({"rcap": made.rcap}))?;
+    let max = format!("{SLIVERS}/best-effort/{vm_id}/memory.max");
+    nm.wait_file(&max, |max| max == ((200 + 48) << 20).to_string())?;
+    nm.wait_file(&format!("{SLIVERS}/best-effort/{vm_id}/cgroup.procs"), |procs| {
+        !procs.is_empty() && procs != monitor
+    })?;
+    nm.wait_state(vm_id, "reachable")?;
+    nm.call("release", &json!({"rcap": more}))?;
+    nm.wait_file(&max, |max| max == ((160 + 48) << 20).to_string())?;
+    // Its disk keeps what it has: a file system in use does not shrink.
+    let told = nm.wait(vm_id, "told what stays", |sliver| {
+        sliver["class"] == "continuable"
+    })?;
+    assert!(
+        told["reason"]
+            .as_str()
+            .unwrap_or_default()
+            .contains("does not shrink"),
+        "{told}"
+    );
+    assert!(disk_of(&nm.read(&console)?) > 500);
+    node.power_off()?;
+    Ok(())
+}
