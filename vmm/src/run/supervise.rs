@@ -378,7 +378,7 @@ fn supervise(
     let socket = Arc::new(vsock);
     let mut asked = 0;
     let mut broker = Some(broker);
-    let greeted = Arc::new(AtomicBool::new(false));
+    let joining = Arc::new(AtomicBool::new(false));
     loop {
         let mut fds = vec![
             PollFd::new(&pidfd, PollFlags::IN),
@@ -418,7 +418,7 @@ fn supervise(
         }
         if stream && let Some(from) = broker {
             match receive_stream(from) {
-                Ok(Some(stream)) => greet(args.clone(), stream, socket.clone(), greeted.clone()),
+                Ok(Some(stream)) => greet(args.clone(), stream, socket.clone(), joining.clone()),
                 Ok(None) => broker = None,
                 Err(error) => eprintln!("mandoline-vmm: a stream of the guest: {error}"),
             }
@@ -471,22 +471,26 @@ fn receive_stream(broker: &OwnedFd) -> io::Result<Option<OwnedFd>> {
 }
 
 /// Hears the agent say that it is up, and joins it. In a thread of its own: the guest may be slow.
-fn greet(args: RunArgs, stream: OwnedFd, socket: Arc<PathBuf>, greeted: Arc<AtomicBool>) {
+fn greet(args: RunArgs, stream: OwnedFd, socket: Arc<PathBuf>, joining: Arc<AtomicBool>) {
     let started = monotonic_ns();
     std::thread::spawn(move || {
         let mut stream = std::os::unix::net::UnixStream::from(stream);
         let frame = protocol::read_frame(&mut stream).ok().flatten();
         let event = frame.and_then(|body| serde_json::from_slice::<Event>(&body).ok());
         let Some(Event::Up(hello)) = event else { return };
-        // The agent opens streams for later events too; only the first one asks for the join.
-        if greeted.swap(true, Ordering::Relaxed) {
+        // The agent opens streams for later events too; one that has not joined asks for it: the first time, and after
+        // each reboot.
+        if hello.phase != protocol::Phase::Up || joining.swap(true, Ordering::Relaxed) {
             return;
         }
         eprintln!("mandoline-vmm: agent {} is up\r", hello.agent);
         if args.no_join {
+            joining.store(false, Ordering::Relaxed);
             return;
         }
-        match agent::join(&args, &socket) {
+        let joined = agent::join(&args, &socket);
+        joining.store(false, Ordering::Relaxed);
+        match joined {
             Ok(reply) => {
                 let all = monotonic_ns().saturating_sub(started) / 1_000_000;
                 let guest = reply.timings_us.total / 1000;
