@@ -23,6 +23,7 @@ use tokio::sync::{Notify, watch};
 
 use crate::caller::Caller;
 use crate::events::EventHub;
+use crate::net::Spent;
 use crate::ops::{self, Op, OpResult, Operation, Rules, Use};
 use crate::owner;
 use crate::secret::{RcapIndex, Secret};
@@ -139,6 +140,25 @@ impl Core {
     fn lock(&self) -> MutexGuard<'_, Inner> {
         // State is applied in one go after it is written; a panic before that leaves it as it was.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What slices have sent in their days, as it was last kept.
+    pub fn spent(&self) -> Result<BTreeMap<String, Spent>, StoreError> {
+        self.lock().store.spent()
+    }
+
+    /// Keeps what slices have sent; none for one of which nothing is kept.
+    pub async fn keep_spent(
+        self: &Arc<Self>,
+        changes: BTreeMap<String, Option<Spent>>,
+    ) -> Result<(), StoreError> {
+        let core = Arc::clone(self);
+        let work = move || core.lock().store.keep_spent(&changes);
+        match tokio::task::spawn_blocking(work).await {
+            Ok(result) => result,
+            // Cancelled with the runtime: the node manager is ending.
+            Err(_) => Ok(()),
+        }
     }
 
     /// Does an operation, durably. A repeated key gives the stored outcome.

@@ -1,5 +1,6 @@
 //! Puts the node manager together and runs it until it is told to end.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -32,6 +33,9 @@ use crate::{accounts, capacity, pressure, sensors};
 
 /// How often what is recorded is compared with what is there.
 const RECONCILE: Duration = Duration::from_secs(30);
+/// How often slices' traffic is counted and kept: at 100 Mbit/s, 125 MB may pass meanwhile, under a hundredth of
+/// the usual day's bytes.
+const COUNT: Duration = Duration::from_secs(10);
 /// How often time bounds and logs are looked at.
 const TICK: Duration = Duration::from_secs(5);
 
@@ -216,6 +220,7 @@ pub async fn run(config: Config, stop: watch::Receiver<bool>) -> Result<(), Star
     apply_script(&core, &config.owner_script);
     let specs = core.specs();
     tree.take_over(specs.iter().map(|spec| (spec.vm_id, &spec.rspec)));
+    network.remember(core.spent()?).await?;
     kvm.reconcile_network(specs.iter().filter(|spec| spec.vm_type != HOST_SERVICE))
         .await?;
     for vm_id in core.recorded() {
@@ -231,6 +236,7 @@ pub async fn run(config: Config, stop: watch::Receiver<bool>) -> Result<(), Star
         tokio::spawn(reconcile(Arc::clone(&core))),
         tokio::spawn(tick(Arc::clone(&core), Arc::clone(&kvm), tree)),
         tokio::spawn(async move { kvm.prepare().await }),
+        tokio::spawn(count_traffic(Arc::clone(&core), network.clone())),
         tokio::spawn(bound_node(Arc::clone(&core), network)),
         tokio::spawn(serve_slivers(Arc::clone(&meter), nm_streams, sensor_streams)),
         tokio::spawn(serve_sensors(Arc::clone(&meter), config.sensors.listen)),
@@ -401,6 +407,27 @@ async fn bound_node(core: Arc<Core>, network: Network) {
         match result {
             Ok(()) => tracing::info!(bits, "the node's rate is set"),
             Err(error) => tracing::error!(bits, error, "the node's rate is not set"),
+        }
+    }
+}
+
+/// Counts what slices send, and keeps it: their days outlast slivers, the node manager and the node.
+async fn count_traffic(core: Arc<Core>, network: Network) {
+    let mut interval = tokio::time::interval(COUNT);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut unsaved = BTreeMap::new();
+    loop {
+        interval.tick().await;
+        match network.count().await {
+            Ok(changes) => unsaved.extend(changes),
+            Err(error) => tracing::error!(%error, "slices' traffic not counted; trying again"),
+        }
+        if unsaved.is_empty() {
+            continue;
+        }
+        match core.keep_spent(unsaved.clone()).await {
+            Ok(()) => unsaved.clear(),
+            Err(error) => tracing::error!(%error, "slices' traffic not kept; trying again"),
         }
     }
 }

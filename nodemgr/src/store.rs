@@ -10,6 +10,7 @@ use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::net::Spent;
 use crate::policy::Policy;
 use crate::state::{Delta, Pool, PoolId, Sliver, State};
 
@@ -18,6 +19,8 @@ const POOLS: TableDefinition<u64, &[u8]> = TableDefinition::new("pools");
 const SLIVERS: TableDefinition<u32, &[u8]> = TableDefinition::new("slivers");
 const ANSWERS: TableDefinition<&str, &[u8]> = TableDefinition::new("answers");
 const OWNER: TableDefinition<&str, &[u8]> = TableDefinition::new("owner");
+/// What slices have sent in their days, by name.
+const SPENT: TableDefinition<&str, &[u8]> = TableDefinition::new("spent");
 
 /// Layout of the file; another one is refused rather than misread.
 const FORMAT: u64 = 1;
@@ -271,6 +274,40 @@ impl Store {
                 .map_err(|e| self.failed(e))?;
         }
         // redb's default durability: synced when this returns.
+        transaction.commit().map_err(|e| self.failed(e))
+    }
+
+    /// What slices have sent in their days, as it was last kept.
+    pub fn spent(&self) -> Result<BTreeMap<String, Spent>, StoreError> {
+        let transaction = self.database.begin_read().map_err(|e| self.failed(e))?;
+        let table = transaction.open_table(SPENT).map_err(|e| self.failed(e))?;
+        let mut spent = BTreeMap::new();
+        for row in table.iter().map_err(|e| self.failed(e))? {
+            let (key, value) = row.map_err(|e| self.failed(e))?;
+            let slice = key.value().to_owned();
+            let record = self.record("spent", &slice, value.value())?;
+            spent.insert(slice, record);
+        }
+        Ok(spent)
+    }
+
+    /// Keeps what slices have sent; none for one of which nothing is kept.
+    pub fn keep_spent(&self, changes: &BTreeMap<String, Option<Spent>>) -> Result<(), StoreError> {
+        let transaction = self.database.begin_write().map_err(|e| self.failed(e))?;
+        {
+            let mut table = transaction.open_table(SPENT).map_err(|e| self.failed(e))?;
+            for (slice, spent) in changes {
+                match spent {
+                    Some(spent) => {
+                        let record = serde_json::to_vec(spent).map_err(|e| self.failed(e))?;
+                        table
+                            .insert(slice.as_str(), &*record)
+                            .map_err(|e| self.failed(e))?;
+                    }
+                    None => drop(table.remove(slice.as_str()).map_err(|e| self.failed(e))?),
+                }
+            }
+        }
         transaction.commit().map_err(|e| self.failed(e))
     }
 

@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use mandoline_limits::Rate;
 use mandoline_limits::netlink::link::{self, Link, LinkChange};
 use mandoline_limits::netlink::{Connection, Request};
-use mandoline_limits::shaper::{PacketRate, SLOTS, Tree, TreeConfig};
+use mandoline_limits::shaper::{Bandwidth, PacketRate, SLOTS, Tree, TreeConfig};
 use mandoline_limits::sysctl;
 use mandoline_limits::tap::{self, TapOptions};
 
@@ -15,8 +15,9 @@ use super::elements::{self, Entry, Owner, Set};
 use super::flows::FlowTable;
 use super::plan::{GATEWAY6, Plan, SliverNet, index_of_tap, link_local, tap_name};
 use super::shaping::{self, Shaping};
+use super::sustained::{Clock, Ledger, Spent};
 use super::tables::{self, Tables};
-use super::{NetError, NetworkConfig, NodeCounters, SliverCounters, ruleset, setup};
+use super::{NetError, NetworkConfig, NodeCounters, SliverCounters, Wants, ruleset, setup};
 
 pub(super) type Result<T> = std::result::Result<T, NetError>;
 
@@ -30,6 +31,8 @@ pub struct Core {
     mtu: u32,
     pub(super) shaping: Shaping,
     pub(super) slivers: BTreeMap<u16, SliverNet>,
+    pub(super) ledger: Ledger,
+    pub(super) clock: Clock,
     pub(super) route: Connection,
     pub(super) filter: Connection,
 }
@@ -61,6 +64,8 @@ impl Core {
             mtu: config.mtu,
             shaping: Shaping::new(tree),
             slivers: BTreeMap::new(),
+            ledger: Ledger::new(setup::boot()?),
+            clock: config.clock,
             route,
             filter,
         })
@@ -109,7 +114,10 @@ impl Core {
     }
 
     fn wire(&mut self, sliver: &SliverNet, changes: &[Request]) -> Result<()> {
-        let mut requests = self.shaping.set(sliver.index, sliver.wants.bandwidth)?;
+        // Here its day begins, if it has none.
+        self.ledger
+            .count(&sliver.wants.slice, sliver.mark, 0, self.clock.now());
+        let mut requests = self.shaping.set(sliver.index, self.bandwidth(sliver))?;
         let device = self.route.require_link(&sliver.tap)?;
         // Before it is up, or the node would greet its routers on it.
         let conf = format!("ipv6/conf/{}", sliver.tap);
@@ -167,7 +175,7 @@ impl Core {
         let there = Tables::read(&mut self.filter)?.of(&sliver.tap);
         let changes = tables::difference(&there, &self.elements(sliver)?);
         self.filter.commit(&changes)?;
-        let requests = self.shaping.set(sliver.index, sliver.wants.bandwidth)?;
+        let requests = self.shaping.set(sliver.index, self.bandwidth(sliver))?;
         self.route.execute(&requests)?;
         self.slivers.insert(sliver.index, sliver.clone());
         Ok(())
@@ -183,9 +191,13 @@ impl Core {
         }
         let tables = Tables::read(&mut self.filter)?;
         self.filter.commit(&tables.removals(&tap))?;
+        // Nothing can be sent any more: what the class says now is the last word.
+        self.count_classes()?;
         let requests = self.shaping.remove(index)?;
         self.route.execute(&requests)?;
-        self.slivers.remove(&index);
+        if let Some(sliver) = self.slivers.remove(&index) {
+            self.ledger.close(&sliver.wants.slice);
+        }
         // An address is used again: nobody shall inherit flows.
         Ok(self.filter.end_flows(mark)?)
     }
@@ -194,6 +206,74 @@ impl Core {
     pub fn set_node_rate(&mut self, rate: Rate) -> Result<()> {
         let requests = self.shaping.set_rate(rate)?;
         Ok(self.route.execute(&requests)?)
+    }
+
+    /// Takes over what slices had sent in their days when it was last kept.
+    pub fn remember(&mut self, spent: BTreeMap<String, Spent>) {
+        self.ledger.remember(spent);
+    }
+
+    /// What slices have sent in their days, as last counted.
+    pub fn spent(&self) -> BTreeMap<String, Spent> {
+        self.ledger.all().clone()
+    }
+
+    /// Counts what slices have sent, and holds those to their sustained rate that have used up
+    /// their day. Gives what is to be kept; none for a slice of which nothing is.
+    pub fn count(&mut self) -> Result<Vec<(String, Option<Spent>)>> {
+        self.count_classes()?;
+        let present = self.slivers.values().map(|s| s.wants.slice.as_str()).collect();
+        self.ledger.turn(self.clock.now(), &present);
+        let mut requests = Vec::new();
+        let mut switched = Vec::new();
+        for (index, sliver) in &self.slivers {
+            let bandwidth = self.bandwidth(sliver);
+            if self.shaping.bandwidth(*index) != Some(bandwidth) {
+                tracing::info!(
+                    slice = sliver.wants.slice,
+                    ?bandwidth,
+                    "day's bytes: another ceiling"
+                );
+                switched.push((*index, bandwidth));
+            }
+        }
+        for (index, bandwidth) in switched {
+            requests.extend(self.shaping.set(index, bandwidth)?);
+        }
+        self.route.execute(&requests)?;
+        Ok(self.ledger.changes())
+    }
+
+    fn count_classes(&mut self) -> Result<()> {
+        let now = self.clock.now();
+        let slots = self.shaping.slots(&mut self.route)?;
+        for (index, sliver) in &self.slivers {
+            if let Some(slot) = slots.get(index) {
+                let sent = slot.class.stats.bytes;
+                self.ledger.count(&sliver.wants.slice, sliver.mark, sent, now);
+            }
+        }
+        Ok(())
+    }
+
+    /// What a sliver may send now: after the day's bytes no more than its sustained rate. A
+    /// guarantee stays one: it was paid for.
+    pub(super) fn bandwidth(&self, sliver: &SliverNet) -> Bandwidth {
+        let Wants {
+            bandwidth,
+            sustained,
+            slice,
+            ..
+        } = &sliver.wants;
+        let used_up = |rate: &Rate| self.ledger.spent(slice).is_some_and(|s| s.is_all_of(*rate));
+        let Some(sustained) = sustained.filter(used_up) else {
+            return *bandwidth;
+        };
+        let ceiling = sustained.max(bandwidth.guarantee);
+        Bandwidth {
+            peak: Some(bandwidth.peak.map_or(ceiling, |peak| peak.min(ceiling))),
+            ..*bandwidth
+        }
     }
 
     /// What slivers have sent and received.

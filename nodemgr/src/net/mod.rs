@@ -22,11 +22,13 @@ mod reconcile;
 mod ruleset;
 mod setup;
 mod shaping;
+mod sustained;
 mod tables;
 #[cfg(test)]
 mod tests;
 mod wants;
 
+use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -40,6 +42,7 @@ use tokio::sync::{mpsc, oneshot};
 pub use self::core::Core;
 pub use self::flows::FlowTable;
 pub use self::plan::{Plan, SliverNet, TAP_PREFIX, index_of_tap, mac_of, tap_name};
+pub use self::sustained::{Clock, Reading, Spent, budget};
 pub use self::wants::Wants;
 pub use mandoline_limits::shaper::Bandwidth;
 
@@ -71,6 +74,8 @@ pub struct NetworkConfig {
     pub nft: PathBuf,
     /// Largest packet of a sliver, in bytes.
     pub mtu: u32,
+    /// Tells when a slice's day is over.
+    pub clock: Clock,
 }
 
 impl Default for NetworkConfig {
@@ -90,6 +95,7 @@ impl Default for NetworkConfig {
             shaper: "mifb".to_owned(),
             nft: PathBuf::from("/usr/sbin/nft"),
             mtu: 1500,
+            clock: Clock::default(),
         }
     }
 }
@@ -173,7 +179,7 @@ pub struct SliverCounters {
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct NodeCounters {
     /// By name: `invalid`, `refused`, `to_node`, `foreign`, `other_frames`, `unknown_tap`.
-    pub drops: std::collections::BTreeMap<String, Counter>,
+    pub drops: BTreeMap<String, Counter>,
     /// What no class claimed.
     pub strays: ClassStats,
 }
@@ -253,8 +259,29 @@ impl Network {
         self.call(move |core| core.set_node_rate(rate)).await
     }
 
+    /// Takes over what slices had sent in their days when it was last kept: before
+    /// [`Network::reconcile`].
+    pub async fn remember(&self, spent: BTreeMap<String, Spent>) -> Result<(), NetError> {
+        self.call(move |core| {
+            core.remember(spent);
+            Ok(())
+        })
+        .await
+    }
+
+    /// Counts what slices have sent, and holds those to their sustained rate that have used up
+    /// their day's bytes. Gives what is to be kept by slice; none where nothing is.
+    pub async fn count(&self) -> Result<Vec<(String, Option<Spent>)>, NetError> {
+        self.call(Core::count).await
+    }
+
+    /// What slices have sent in their days, as last counted.
+    pub async fn spent(&self) -> Result<BTreeMap<String, Spent>, NetError> {
+        self.call(|core| Ok(core.spent())).await
+    }
+
     /// What is in the kernel's tables, by sliver index.
-    pub async fn list(&self) -> Result<std::collections::BTreeMap<u16, Installed>, NetError> {
+    pub async fn list(&self) -> Result<BTreeMap<u16, Installed>, NetError> {
         self.call(Core::list).await
     }
 
@@ -264,7 +291,7 @@ impl Network {
     }
 
     /// What slivers have sent and received, by index.
-    pub async fn counters(&self) -> Result<std::collections::BTreeMap<u16, SliverCounters>, NetError> {
+    pub async fn counters(&self) -> Result<BTreeMap<u16, SliverCounters>, NetError> {
         self.call(Core::counters).await
     }
 

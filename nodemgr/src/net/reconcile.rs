@@ -56,9 +56,21 @@ impl Core {
             .filter(|s| links.contains_key(&s.index))
             .map(|s| (s.index, s))
             .collect();
-        self.shaping
-            .know(alive.values().map(|s| (s.index, s.wants.bandwidth)))?;
         self.slivers = alive.iter().map(|(index, s)| (*index, (*s).clone())).collect();
+        // A day's bytes may have been used up while nobody looked.
+        let now = self.clock.now();
+        for (index, sliver) in &self.slivers {
+            if let Some(slot) = classes.get(index) {
+                let sent = slot.class.stats.bytes;
+                self.ledger.count(&sliver.wants.slice, sliver.mark, sent, now);
+            }
+        }
+        let known: Vec<_> = self
+            .slivers
+            .values()
+            .map(|s| (s.index, self.bandwidth(s)))
+            .collect();
+        self.shaping.know(known)?;
 
         let wanted: BTreeMap<u16, BTreeSet<Entry>> = alive
             .iter()

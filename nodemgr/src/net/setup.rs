@@ -42,6 +42,17 @@ pub(super) fn forwarding(plan: &Plan, uplinks: &[String]) -> Result<()> {
     Ok(sysctl::set("ipv6/conf/all/forwarding", "1")?)
 }
 
+/// This boot of the node.
+pub(super) fn boot() -> Result<String> {
+    const PATH: &str = "/proc/sys/kernel/random/boot_id";
+    let id = std::fs::read_to_string(PATH).map_err(|source| mandoline_limits::Error::File {
+        action: "read",
+        path: PATH.into(),
+        source,
+    })?;
+    Ok(id.trim().to_owned())
+}
+
 /// The links to the outside and the address that slivers' flows get there.
 pub(super) fn outside(route: &mut Connection, config: &NetworkConfig) -> Result<(Vec<String>, Ipv4Addr)> {
     let mut links = Vec::new();

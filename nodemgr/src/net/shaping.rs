@@ -75,6 +75,11 @@ impl Shaping {
         }
     }
 
+    /// What a sliver may send, as far as it is known.
+    pub(super) fn bandwidth(&self, index: u16) -> Option<Bandwidth> {
+        self.slivers.get(&index).copied()
+    }
+
     /// What makes or changes a sliver's classes, and those of others as far as they depend on it.
     pub(super) fn set(&mut self, index: u16, bandwidth: Bandwidth) -> Result<Vec<Request>> {
         check(&bandwidth)?;

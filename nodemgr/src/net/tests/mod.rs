@@ -7,6 +7,7 @@ mod ipv6;
 mod lab;
 mod ports;
 mod shaping;
+mod sustained;
 
 use mandoline_limits::netlink::Connection;
 use mandoline_limits::netlink::nft::{Element, device_field};
