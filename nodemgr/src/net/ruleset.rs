@@ -104,7 +104,8 @@ table netdev {TABLE} {{
     ip protocol icmp meta priority set iifname map @alarms
     ip hdrlength > 5 meta priority set iifname map @alarms
     icmpv6 type != nd-neighbor-solicit meta priority set iifname map @alarms
-    ip6 nexthdr {{ hopopt, ipv6-route, ipv6-opts }} meta priority set iifname map @alarms
+    # By number: a node without /etc/protocols knows no name of theirs. Hop-by-hop options, routing, destination options.
+    ip6 nexthdr {{ 0, 43, 60 }} meta priority set iifname map @alarms
     fwd to "{shaper}"
   }}
 }}
