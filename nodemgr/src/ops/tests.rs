@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::*;
-use crate::state::{Delta, Wanted};
+use crate::state::{Change, Delta, PoolId, State, Wanted};
 use crate::store::{Loaded, Store};
 
 const RESERVED: [&str; 3] = ["cpu_guarantee", "mem_reserve", "base_rate"];
@@ -23,6 +23,8 @@ enum Step {
         amounts: [u64; 3],
         port: u16,
         vm: bool,
+        /// Hours from now.
+        end: Option<i64>,
     },
     Bind {
         pool: usize,
@@ -37,6 +39,31 @@ enum Step {
     Teardown {
         nth: usize,
     },
+    Resize {
+        pool: usize,
+        amounts: [u64; 3],
+    },
+    /// The node as a whole: of each reservation so much.
+    Limit {
+        amount: u64,
+    },
+    /// The owner's script: so many per cent for each of three slices, the last one bound.
+    Script {
+        percent: [u64; 3],
+    },
+    Deny {
+        slice: u8,
+        back: bool,
+    },
+    Lend {
+        from: u8,
+        to: u8,
+        percent: u64,
+    },
+    /// Hours pass.
+    Wait {
+        hours: i64,
+    },
     Reopen,
 }
 
@@ -44,12 +71,18 @@ fn step() -> impl Strategy<Value = Step> {
     let amounts = || [0u64..300, 0u64..300, 0u64..300];
     prop_oneof![
         1 => (amounts(), 1u16..60).prop_map(|(amounts, port)| Step::Root { amounts, port }),
-        4 => (any::<usize>(), amounts(), 1u16..60, any::<bool>())
-            .prop_map(|(pool, amounts, port, vm)| Step::Split { pool, amounts, port, vm }),
+        4 => (any::<usize>(), amounts(), 1u16..60, any::<bool>(), proptest::option::of(1i64..20))
+            .prop_map(|(pool, amounts, port, vm, end)| Step::Split { pool, amounts, port, vm, end }),
         4 => (any::<usize>(), 0u8..5).prop_map(|(pool, slice)| Step::Bind { pool, slice }),
         2 => any::<usize>().prop_map(|pool| Step::Release { pool }),
         2 => any::<usize>().prop_map(|pool| Step::Destroy { pool }),
         2 => any::<usize>().prop_map(|nth| Step::Teardown { nth }),
+        2 => (any::<usize>(), amounts()).prop_map(|(pool, amounts)| Step::Resize { pool, amounts }),
+        1 => (0u64..1200).prop_map(|amount| Step::Limit { amount }),
+        1 => [0u64..50, 0u64..50, 0u64..50].prop_map(|percent| Step::Script { percent }),
+        1 => (0u8..5, any::<bool>()).prop_map(|(slice, back)| Step::Deny { slice, back }),
+        1 => (0u8..5, 0u8..5, 0u64..20).prop_map(|(from, to, percent)| Step::Lend { from, to, percent }),
+        1 => (1i64..8).prop_map(|hours| Step::Wait { hours }),
         1 => Just(Step::Reopen),
     ]
 }
@@ -98,6 +131,9 @@ struct Machine {
     rules: Rules,
     secret: Secret,
     rcaps: Vec<Rcap>,
+    /// Every rcap that was ever given out, and what for.
+    given: BTreeMap<String, (PoolId, u32)>,
+    now: Timestamp,
 }
 
 impl Machine {
@@ -112,6 +148,8 @@ impl Machine {
             rules: rules(),
             secret,
             rcaps: Vec::new(),
+            given: BTreeMap::new(),
+            now: "2026-01-01T00:00:00Z".parse().unwrap(),
         }
     }
 
@@ -128,17 +166,54 @@ impl Machine {
             secret: &self.secret,
             index: &index,
             state: &self.state,
-            now: Timestamp::now(),
+            now: self.now,
             used: None,
             change: self.state.change(),
         };
         let outcome = op.perform(operation)?;
         let delta = op.change.into_delta();
         self.write(delta);
-        if let Outcome::Rcap { pool, epoch } = &outcome {
-            self.rcaps.push(self.secret.rcap(*pool, *epoch));
+        match &outcome {
+            Outcome::Rcap { pool, epoch } => self.give(*pool, *epoch),
+            Outcome::Rcaps { pools } => pools.iter().for_each(|(pool, epoch)| self.give(*pool, *epoch)),
+            _ => {}
         }
         Ok(outcome)
+    }
+
+    fn give(&mut self, pool: PoolId, epoch: u32) {
+        let rcap = self.secret.rcap(pool, epoch);
+        let before = self.given.insert(rcap.to_hex(), (pool, epoch));
+        assert!(
+            before.is_none_or(|before| before == (pool, epoch)),
+            "an rcap twice"
+        );
+        if !self.rcaps.contains(&rcap) {
+            self.rcaps.push(rcap);
+        }
+    }
+
+    fn alter(&mut self, alter: impl FnOnce(&mut Change<'_>)) {
+        let mut change = self.state.change();
+        alter(&mut change);
+        let delta = change.into_delta();
+        self.write(delta);
+    }
+
+    /// As the core does it: the state is kept whatever the owner's script was, and time only goes on.
+    fn reopen(&mut self) {
+        self.store = None;
+        let (store, loaded) = Store::open(&self.dir.path().join("db"), capacity(), 0).unwrap();
+        assert_eq!(loaded.state.pools, self.state.pools);
+        assert_eq!(loaded.state.slivers, self.state.slivers);
+        assert_eq!(loaded.state.policy, self.state.policy);
+        assert_eq!(loaded.state.capacity, self.state.capacity);
+        assert_eq!(
+            (loaded.state.next_pool, loaded.state.next_vm),
+            (self.state.next_pool, self.state.next_vm)
+        );
+        self.store = Some(store);
+        self.state = loaded.state;
     }
 
     fn step(&mut self, step: &Step) {
@@ -153,7 +228,15 @@ impl Machine {
                 amounts,
                 port,
                 vm,
-            } => rcap(pool).map(|rcap| Operation::SplitPool(rcap, want(amounts, *port, *vm))),
+                end,
+            } => rcap(pool).map(|rcap| {
+                let mut want = want(amounts, *port, *vm);
+                if let Some(hours) = end {
+                    let end = self.now + jiff::SignedDuration::from_hours(*hours);
+                    want.set_json("end_time", &end.to_string().into()).unwrap();
+                }
+                Operation::SplitPool(rcap, want)
+            }),
             Step::Bind { pool, slice } => rcap(pool).map(|rcap| Operation::Bind(rcap, format!("a_s{slice}"))),
             Step::Release { pool } => rcap(pool).map(Operation::Release),
             Step::Destroy { pool } => rcap(pool).map(Operation::Destroy),
@@ -166,35 +249,55 @@ impl Machine {
                     .map(|s| s.vm_id)
                     .collect();
                 if !dying.is_empty() {
-                    let mut change = self.state.change();
-                    gone(&mut change, dying[nth % dying.len()]);
-                    let delta = change.into_delta();
-                    self.write(delta);
+                    self.alter(|change| gone(change, dying[nth % dying.len()]));
                 }
                 None
             }
+            Step::Resize { pool, amounts } => {
+                rcap(pool).map(|rcap| Operation::Resize(rcap, want(amounts, 3, false)))
+            }
+            Step::Limit { amount } => {
+                let limit: serde_json::Map<String, serde_json::Value> = RESERVED
+                    .iter()
+                    .map(|name| ((*name).to_owned(), json!(amount.min(&1000))))
+                    .collect();
+                Some(Operation::SetNodeLimit(Rspec::from_map(&limit).unwrap()))
+            }
+            Step::Script { percent } => {
+                let pool = |(n, percent): (usize, &u64)| mandoline_api::nodemgr::ScriptPool {
+                    slice: format!("a_s{n}"),
+                    rspec: json!({"capacity": format!("{percent} %"), "vm_type": "test-vm"}),
+                    bind: n == 2,
+                };
+                Some(Operation::OwnerScript(OwnerScript {
+                    pools: Some(percent.iter().enumerate().map(pool).collect()),
+                    ..OwnerScript::default()
+                }))
+            }
+            Step::Deny { slice, back: false } => {
+                Some(Operation::Deny(format!("a_s{slice}"), "why not".to_owned()))
+            }
+            Step::Deny { slice, back: true } => Some(Operation::Allow(format!("a_s{slice}"))),
+            Step::Lend { from, to, percent } => {
+                let loan = (format!("a_s{to}"), "cpu_pct".to_owned(), *percent);
+                Some(Operation::SetLoans(format!("a_s{from}"), vec![loan]))
+            }
+            Step::Wait { hours } => {
+                self.now += jiff::SignedDuration::from_hours(*hours);
+                let now = self.now;
+                self.alter(|change| pass(change, now));
+                None
+            }
             Step::Reopen => {
-                self.store = None;
-                let (store, loaded) = Store::open(&self.dir.path().join("db"), capacity(), 0).unwrap();
-                assert_eq!(loaded.state.pools, self.state.pools);
-                assert_eq!(loaded.state.slivers, self.state.slivers);
-                assert_eq!(
-                    (loaded.state.next_pool, loaded.state.next_vm),
-                    (self.state.next_pool, self.state.next_vm)
-                );
-                self.store = Some(store);
-                self.state = loaded.state;
+                self.reopen();
                 None
             }
         };
         if let Some(operation) = operation {
-            let before = (self.state.pools.clone(), self.state.slivers.clone());
+            let now = |state: &State| (state.pools.clone(), state.slivers.clone(), state.policy.clone());
+            let before = now(&self.state);
             if self.perform(&operation).is_err() {
-                assert_eq!(
-                    before,
-                    (self.state.pools.clone(), self.state.slivers.clone()),
-                    "a refusal changed something"
-                );
+                assert_eq!(before, now(&self.state), "a refusal changed something");
             }
         }
     }
@@ -208,7 +311,7 @@ impl Machine {
                 .sum();
             assert_eq!(
                 rests + change.node_rest(None).number(name).unwrap(),
-                1000,
+                change.capacity().number(name).unwrap(),
                 "{name}"
             );
         }
@@ -219,6 +322,18 @@ impl Machine {
             ports.union(&own);
         }
         assert_eq!(ports.len(), 59);
+
+        // Loans move what slivers have, and make nothing.
+        let living = |s: &&crate::state::Sliver| s.wanted != Wanted::Destroyed;
+        let guarantee = |rspec: &Rspec| rspec.number("cpu_guarantee").unwrap_or(0);
+        let own: u64 = self
+            .state
+            .slivers
+            .values()
+            .filter(living)
+            .map(|s| guarantee(&change.sliver_rspec(s)))
+            .sum();
+        assert_eq!(change.effective().0.values().map(guarantee).sum::<u64>(), own);
 
         let mut indices = BTreeSet::new();
         let mut living: BTreeSet<&SliceId> = BTreeSet::new();
@@ -235,6 +350,9 @@ impl Machine {
             for id in &sliver.pools {
                 assert_eq!(self.state.pools[id].bound, Some(sliver.vm_id));
             }
+            let denied = self.state.policy.denial(&sliver.slice).is_some();
+            assert!(!denied || sliver.wanted != Wanted::Running, "a denied slice runs");
+            assert!(!sliver.held || denied, "held without a denial");
         }
         for pool in self.state.pools.values() {
             if let Some(vm_id) = pool.bound {
