@@ -3,6 +3,7 @@
 mod boot;
 mod io;
 mod monitor;
+mod nodemgr;
 mod plot;
 mod proc;
 mod report;
@@ -30,6 +31,8 @@ enum Benchmark {
     Io(io::IoArgs),
     /// What a monitor costs: CPU to the first guest instruction, private memory, an idle and a parked sliver.
     Monitor(monitor::MonitorArgs),
+    /// The node manager: the calls that make a sliver, and its CPU with many pools and slivers.
+    Nodemgr(nodemgr::NodemgrArgs),
     /// The part of a benchmark that runs inside the lab node.
     #[command(subcommand, hide = true)]
     InNode(InNode),
@@ -43,6 +46,7 @@ enum InNode {
     Boot(boot::node::NodeArgs),
     Io(io::node::NodeArgs),
     Monitor(monitor::node::NodeArgs),
+    Nodemgr(nodemgr::node::NodeArgs),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -54,6 +58,8 @@ fn main() -> anyhow::Result<()> {
         Benchmark::InGuest(work) => io::guest::run(&work),
         Benchmark::Monitor(args) => monitor::run(&args, &cli.out),
         Benchmark::InNode(InNode::Monitor(args)) => monitor::node::run(&args),
+        Benchmark::Nodemgr(args) => nodemgr::run(&args, &cli.out),
+        Benchmark::InNode(InNode::Nodemgr(args)) => nodemgr::node::run(&args),
         Benchmark::InNode(InNode::Boot(args)) => boot::node::run(&args),
     }
 }
