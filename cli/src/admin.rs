@@ -49,6 +49,8 @@ pub(crate) async fn node(client: &AuthorityClient, output: Output, command: &arg
                 )
             })
         }
+        // The node that this runs on needs no authority: see `crate::node`.
+        args::Node::Local(_) => Ok(()),
         args::Node::Add(args) => {
             let new = NewNode {
                 hostname: args.hostname.clone(),

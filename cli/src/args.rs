@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::node::Local;
 use crate::ssh::SshOptions;
 
 /// Slices of microVMs over many nodes.
@@ -68,7 +69,7 @@ pub(crate) enum Command {
         after_help = "Examples:\n  mandoline ssh demo_first                      a shell, if the slice has one sliver\n  mandoline ssh demo_first n1.example.org       on that node\n  mandoline ssh demo_first n1.example.org -- uname -a\n  mandoline ssh -i ~/.ssh/key demo_first\n\nIt goes through the node's ssh server and checks the host keys of both hops against those that the authority\nhas from the node: no trust on first use."
     )]
     Ssh(Ssh),
-    /// Nodes: list, show, add
+    /// Nodes: list, show, add; and the node that this runs on: status, pools, slivers, logs, console, top
     #[command(subcommand)]
     Node(Node),
     /// Sites: list, add
@@ -83,7 +84,11 @@ pub(crate) enum Command {
     /// The virtualisations that nodes offer
     VmTypes,
     /// Whether this machine can build Mandoline, run the lab, and be a node; and what to do about it
-    Doctor,
+    Doctor {
+        /// Whether it can be a node (on a node this is what is asked)
+        #[arg(long)]
+        node: bool,
+    },
     /// From nothing to a sliver that you can ssh into: an authority, a node, a slice
     Demo(Demo),
 }
@@ -192,6 +197,8 @@ pub(crate) enum Node {
         after_help = "Example:\n  mandoline node add n1.example.org --site demo --ssh-endpoint n1.example.org:22 > pl_node.txt"
     )]
     Add(NodeAdd),
+    #[command(flatten)]
+    Local(Local),
 }
 
 #[derive(Debug, Args)]

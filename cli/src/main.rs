@@ -8,6 +8,7 @@ mod config;
 mod demo;
 mod doctor;
 mod error;
+mod node;
 mod output;
 mod rspec_args;
 mod session;
@@ -63,9 +64,10 @@ Example:
 
 async fn run(arguments: &Arguments) -> Result<()> {
     let output = Output { json: arguments.json };
-    // These two need no authority, and no configuration that could be broken.
+    // These need no authority, and no configuration that could be broken.
     match &arguments.command {
-        Command::Doctor => return doctor::doctor(output),
+        Command::Doctor { node } => return doctor::doctor(output, *node),
+        Command::Node(args::Node::Local(command)) => return node::local(output, command).await,
         Command::Demo(args) => return demo::demo(output, args).await,
         _ => {}
     }
@@ -83,7 +85,7 @@ async fn run(arguments: &Arguments) -> Result<()> {
         Command::Person(command) => admin::person(&access.client()?, output, command).await,
         Command::Key(command) => admin::key(&access.client()?, output, command).await,
         Command::VmTypes => slice::vm_types(&access.client()?, output).await,
-        Command::Doctor | Command::Demo(_) => Ok(()),
+        Command::Doctor { .. } | Command::Demo(_) => Ok(()),
     }
 }
 

@@ -1,6 +1,7 @@
 //! `mandoline doctor`: what this machine has, what is missing, and what to do about it.
 
 mod checks;
+mod node;
 mod source;
 
 use serde::Serialize;
@@ -79,8 +80,33 @@ impl Check {
     }
 }
 
-/// Runs all checks; fails when the demo could not run.
-pub(crate) fn doctor(output: Output) -> Result<()> {
+/// Where a machine keeps what makes it a node.
+const NODE_MARKS: [&str; 2] = ["/etc/mandoline/nodemgr.toml", "/run/mandoline"];
+
+/// Whether this machine can be a node, if it is to be one or is; else whether the demo can run.
+pub(crate) fn doctor(output: Output, node: bool) -> Result<()> {
+    match node || NODE_MARKS.iter().any(|mark| std::path::Path::new(mark).exists()) {
+        true => verdict(output, &node::checks(), "This machine can be a node", "a node"),
+        false => machine(output),
+    }
+}
+
+/// Shows checks; fails when something is missing.
+fn verdict(output: Output, checks: &[Check], good: &str, what_for: &str) -> Result<()> {
+    let missing = checks
+        .iter()
+        .filter(|check| check.state == State::Missing)
+        .count();
+    output.show(checks, people)?;
+    match missing {
+        0 => output.say(&format!("\n{good}")),
+        1 => Err(Error::failure(format!("one thing is missing for {what_for}"))),
+        n => Err(Error::failure(format!("{n} things are missing for {what_for}"))),
+    }
+}
+
+/// Whether the demo can run.
+fn machine(output: Output) -> Result<()> {
     let tree = source::tree();
     let mut checks = vec![
         checks::virtualisation(),
@@ -117,16 +143,7 @@ pub(crate) fn doctor(output: Output) -> Result<()> {
             "to check what building needs, run this below Mandoline's source tree",
         )),
     }
-    let missing = checks
-        .iter()
-        .filter(|check| check.state == State::Missing)
-        .count();
-    output.show(&checks, |checks| people(checks))?;
-    match missing {
-        0 => output.say("\nThe demo can run: make demo"),
-        1 => Err(Error::failure("one thing is missing for the demo")),
-        n => Err(Error::failure(format!("{n} things are missing for the demo"))),
-    }
+    verdict(output, &checks, "The demo can run: make demo", "the demo")
 }
 
 fn people(checks: &[Check]) -> String {
