@@ -10,7 +10,7 @@ use mandoline_api::nodemgr::{NodeUse, SliverUse, Usage};
 use crate::caller::Caller;
 use crate::config::Config;
 use crate::core::{Core, unix_ns};
-use crate::net::{Network, NodeCounters, SliverCounters};
+use crate::net::{Network, NodeCounters, SliverCounters, Spent};
 use crate::ops::OpResult;
 use crate::sensors::Published;
 use crate::services::Dispatcher;
@@ -50,6 +50,7 @@ impl Meter {
     /// What the node and the slivers that the caller may see use.
     pub async fn usage(&self, caller: &Caller) -> OpResult<Usage> {
         let counters = self.counters().await;
+        let spent = self.spent().await;
         let mut slivers = Vec::new();
         for info in self.core.list(caller)?.slivers {
             let event = &info.event;
@@ -65,6 +66,8 @@ impl Meter {
                 disk_quota: number("disk_quota"),
                 base_rate: number("base_rate"),
                 burst_rate: number("burst_rate"),
+                day_bytes: spent.get(&event.slice).map_or(0, |spent| spent.bytes),
+                day_budget: number("sustained_rate").saturating_mul(24 * 3600 / 8),
                 ..SliverUse::default()
             };
             if let Some(sliver) = self.core.sliver(event.vm_id) {
@@ -81,6 +84,7 @@ impl Meter {
                     usage.received_bytes = counted.received.bytes;
                     usage.received_packets = counted.received.packets;
                     usage.spoofed_frames = counted.spoofed.packets;
+                    usage.refused_flows = counted.refused_flows.packets;
                 }
             }
             slivers.push(usage);
@@ -100,6 +104,13 @@ impl Meter {
             tracing::warn!(%error, "no counters of the slivers' network");
             BTreeMap::new()
         })
+    }
+
+    async fn spent(&self) -> BTreeMap<String, Spent> {
+        match &self.network {
+            Some(network) => network.spent().await.unwrap_or_default(),
+            None => BTreeMap::new(),
+        }
     }
 
     /// What the packet filter has dropped.

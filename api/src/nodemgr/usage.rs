@@ -71,6 +71,12 @@ pub struct SliverUse {
     pub received_packets: u64,
     /// Frames dropped since their source was not the sliver's.
     pub spoofed_frames: u64,
+    /// First packets of flows refused above its flow limit.
+    pub refused_flows: u64,
+    /// Sent by its slice since the slice's day began, in bytes.
+    pub day_bytes: u64,
+    /// What its slice may send in a day before its `sustained_rate` holds, in bytes; 0 = any amount.
+    pub day_budget: u64,
     /// Its `base_rate`, in bit/s.
     pub base_rate: u64,
     /// Its `burst_rate`, in bit/s; 0 = the node's.

@@ -52,7 +52,7 @@ use outward::Outward;
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// What can be done to a VM of ours.
-const CAPABILITIES: [&str; 12] = [
+const CAPABILITIES: [&str; 15] = [
     "pause",
     "channel",
     "resize:cpu_share",
@@ -60,6 +60,9 @@ const CAPABILITIES: [&str; 12] = [
     "resize:cpu_capped",
     "resize:base_rate",
     "resize:burst_rate",
+    "resize:sustained_rate",
+    "resize:flow_limit",
+    "resize:ports",
     "resize:mem_limit",
     "resize:mem_reserve",
     "resize:disk_quota",

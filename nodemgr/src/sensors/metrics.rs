@@ -172,7 +172,7 @@ fn pools(registry: &mut Registry, list: &ListAnswer, capacity: &Rspec, available
 
 type Column = (&'static str, &'static str, fn(&SliverUse) -> f64);
 
-const COUNTED: [Column; 5] = [
+const COUNTED: [Column; 6] = [
     ("sliver_cpu_seconds", "CPU time of a sliver's present run", |s| {
         s.cpu_us as f64 / 1e6
     }),
@@ -192,9 +192,24 @@ const COUNTED: [Column; 5] = [
         "Frames with a source that is not the sliver's",
         |s| s.spoofed_frames as f64,
     ),
+    (
+        "sliver_refused_flows",
+        "Flows refused above its flow limit",
+        |s| s.refused_flows as f64,
+    ),
 ];
 
-const MEASURED: [Column; 8] = [
+const MEASURED: [Column; 10] = [
+    (
+        "sliver_day_bytes",
+        "Bytes that its slice has sent in its day",
+        |s| s.day_bytes as f64,
+    ),
+    (
+        "sliver_day_budget_bytes",
+        "Bytes of a day after which its sustained_rate holds; 0 = none",
+        |s| s.day_budget as f64,
+    ),
     (
         "sliver_memory_bytes",
         "Memory of a sliver with its monitor",
