@@ -50,6 +50,11 @@ impl Manager<'_> {
         }
     }
 
+    /// What a shell command of the node's prints, as JSON.
+    pub fn shell_json(&self, command: &str) -> Tested<Value> {
+        Ok(serde_json::from_str(&self.0.shell(command)?)?)
+    }
+
     /// Waits until the node manager answers.
     pub fn wait_until_it_answers(&self) -> Tested {
         self.0.shell(
