@@ -137,7 +137,7 @@ table inet {TABLE} {{
   # Owned ports lead to their owner, from outside and from the node's other slivers.
   chain owned_ports {{
     type nat hook prerouting priority dstnat; policy accept;
-    ip daddr != {net} fib daddr type local dnat ip to meta l4proto . th dport map @owned
+    ip daddr != {net} fib daddr type local dnat ip to ip protocol . th dport map @owned
   }}
 
   # A stranger's flow to a sliver is the sliver's: it has its mark and counts among its flows.
@@ -180,7 +180,7 @@ table inet {TABLE} {{
     type nat hook postrouting priority srcnat; policy accept;
     oifname != {{ {quoted} }} accept
     # Owned ports and identifiers keep their number.
-    meta l4proto {{ tcp, udp }} snat ip to ip saddr . meta l4proto . th sport map @kept
+    meta l4proto {{ tcp, udp }} snat ip to ip saddr . ip protocol . th sport map @kept
     meta l4proto icmp snat ip to ip saddr . icmp id map @identifiers
     ip saddr {net} meta l4proto {{ icmp, tcp, udp }} snat ip to ip saddr map @ports
   }}
