@@ -15,15 +15,15 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use jiff::Timestamp;
 use mandoline_api::nodemgr::{
-    Actuator, ErrorBody, ErrorKind, Initscript, ListAnswer, LoansAnswer, NodeInfo, OwnerScript, PolicyAnswer,
-    PoolInfo, RspecAnswer, SliverEvent, SliverInfo, SliverState, VmId,
+    Actuator, ErrorBody, ErrorKind, FailureClass, Initscript, ListAnswer, LoansAnswer, NodeInfo, OwnerScript,
+    PolicyAnswer, PoolInfo, RspecAnswer, SliverEvent, SliverInfo, SliverState, VmId,
 };
 use mandoline_rspec::{ATTRIBUTE_TABLE_VERSION, Rcap};
 use tokio::sync::{Notify, watch};
 
 use crate::caller::Caller;
 use crate::events::EventHub;
-use crate::net::Spent;
+use crate::net::{Held, Spent};
 use crate::ops::{self, Op, OpResult, Operation, Rules, Use};
 use crate::owner;
 use crate::secret::{RcapIndex, Secret};
@@ -159,6 +159,31 @@ impl Core {
             // Cancelled with the runtime: the node manager is ending.
             Err(_) => Ok(()),
         }
+    }
+
+    /// Tells a sliver's slice that it is held to its sustained rate, or no more.
+    pub fn tell_held(&self, vm_id: VmId, held: Option<Held>) {
+        const WHY: &str = "its slice has used up its day's bytes";
+        let Some(sliver) = self.sliver(vm_id) else { return };
+        let mut event = self.event_of(&sliver);
+        // What else there is to say of it stays.
+        let ours = |reason: &String| reason.starts_with(WHY);
+        if held.is_none() && !event.reason.as_ref().is_some_and(ours) {
+            return;
+        }
+        (event.reason, event.class) = match held {
+            Some(Held { rate, until_ns }) => {
+                let until = i64::try_from(until_ns / 1_000_000_000)
+                    .ok()
+                    .and_then(|seconds| Timestamp::from_second(seconds).ok())
+                    .unwrap_or(Timestamp::MAX);
+                let reason = format!("{WHY}: held to {rate} until {until}");
+                tracing::info!(vm_id, slice = %sliver.slice, reason);
+                (Some(reason), Some(FailureClass::Continuable))
+            }
+            None => (None, None),
+        };
+        self.events.tell(event, self.audience(&sliver), false);
     }
 
     /// Does an operation, durably. A repeated key gives the stored outcome.

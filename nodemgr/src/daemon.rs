@@ -419,7 +419,12 @@ async fn count_traffic(core: Arc<Core>, network: Network) {
     loop {
         interval.tick().await;
         match network.count().await {
-            Ok(changes) => unsaved.extend(changes),
+            Ok(counted) => {
+                unsaved.extend(counted.changes);
+                for (vm_id, held) in counted.switched {
+                    core.tell_held(vm_id, held);
+                }
+            }
             Err(error) => tracing::error!(%error, "slices' traffic not counted; trying again"),
         }
         if unsaved.is_empty() {

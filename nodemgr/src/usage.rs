@@ -6,11 +6,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use mandoline_api::nodemgr::{NodeUse, SliverUse, Usage};
+use mandoline_limits::Rate;
 
 use crate::caller::Caller;
 use crate::config::Config;
 use crate::core::{Core, unix_ns};
-use crate::net::{Network, NodeCounters, SliverCounters, Spent};
+use crate::net::{self, Network, NodeCounters, SliverCounters, Spent};
 use crate::ops::OpResult;
 use crate::sensors::Published;
 use crate::services::Dispatcher;
@@ -67,7 +68,7 @@ impl Meter {
                 base_rate: number("base_rate"),
                 burst_rate: number("burst_rate"),
                 day_bytes: spent.get(&event.slice).map_or(0, |spent| spent.bytes),
-                day_budget: number("sustained_rate").saturating_mul(24 * 3600 / 8),
+                day_budget: Rate::from_bits_per_second(number("sustained_rate")).map_or(0, net::budget),
                 ..SliverUse::default()
             };
             if let Some(sliver) = self.core.sliver(event.vm_id) {

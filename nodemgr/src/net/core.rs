@@ -15,9 +15,9 @@ use super::elements::{self, Entry, Owner, Set};
 use super::flows::FlowTable;
 use super::plan::{GATEWAY6, Plan, SliverNet, index_of_tap, link_local, tap_name};
 use super::shaping::{self, Shaping};
-use super::sustained::{Clock, Ledger, Spent};
+use super::sustained::{Clock, Counted, Held, Ledger, Spent};
 use super::tables::{self, Tables};
-use super::{NetError, NetworkConfig, NodeCounters, SliverCounters, Wants, ruleset, setup};
+use super::{NetError, NetworkConfig, NodeCounters, SliverCounters, ruleset, setup};
 
 pub(super) type Result<T> = std::result::Result<T, NetError>;
 
@@ -32,6 +32,8 @@ pub struct Core {
     pub(super) shaping: Shaping,
     pub(super) slivers: BTreeMap<u16, SliverNet>,
     pub(super) ledger: Ledger,
+    /// Marks of the slivers that are held to their sustained rate.
+    held: BTreeSet<u32>,
     pub(super) clock: Clock,
     pub(super) route: Connection,
     pub(super) filter: Connection,
@@ -65,6 +67,7 @@ impl Core {
             shaping: Shaping::new(tree),
             slivers: BTreeMap::new(),
             ledger: Ledger::new(setup::boot()?),
+            held: BTreeSet::new(),
             clock: config.clock,
             route,
             filter,
@@ -219,29 +222,34 @@ impl Core {
     }
 
     /// Counts what slices have sent, and holds those to their sustained rate that have used up
-    /// their day. Gives what is to be kept; none for a slice of which nothing is.
-    pub fn count(&mut self) -> Result<Vec<(String, Option<Spent>)>> {
+    /// their day.
+    pub fn count(&mut self) -> Result<Counted> {
         self.count_classes()?;
         let present = self.slivers.values().map(|s| s.wants.slice.as_str()).collect();
         self.ledger.turn(self.clock.now(), &present);
-        let mut requests = Vec::new();
-        let mut switched = Vec::new();
+        let (mut changed, mut held) = (Vec::new(), BTreeMap::new());
         for (index, sliver) in &self.slivers {
             let bandwidth = self.bandwidth(sliver);
             if self.shaping.bandwidth(*index) != Some(bandwidth) {
-                tracing::info!(
-                    slice = sliver.wants.slice,
-                    ?bandwidth,
-                    "day's bytes: another ceiling"
-                );
-                switched.push((*index, bandwidth));
+                changed.push((*index, bandwidth));
+            }
+            if let Some((rate, until_ns)) = self.held(sliver) {
+                held.insert(sliver.mark, Held { rate, until_ns });
             }
         }
-        for (index, bandwidth) in switched {
+        let mut requests = Vec::new();
+        for (index, bandwidth) in changed {
             requests.extend(self.shaping.set(index, bandwidth)?);
         }
         self.route.execute(&requests)?;
-        Ok(self.ledger.changes())
+        let marks: BTreeSet<u32> = held.keys().copied().collect();
+        let switched = marks.symmetric_difference(&self.held);
+        let counted = Counted {
+            switched: switched.map(|mark| (*mark, held.get(mark).copied())).collect(),
+            changes: self.ledger.changes(),
+        };
+        self.held = marks;
+        Ok(counted)
     }
 
     fn count_classes(&mut self) -> Result<()> {
@@ -256,24 +264,25 @@ impl Core {
         Ok(())
     }
 
-    /// What a sliver may send now: after the day's bytes no more than its sustained rate. A
-    /// guarantee stays one: it was paid for.
+    /// What a sliver may send now: after the day's bytes no more than its sustained rate.
     pub(super) fn bandwidth(&self, sliver: &SliverNet) -> Bandwidth {
-        let Wants {
-            bandwidth,
-            sustained,
-            slice,
-            ..
-        } = &sliver.wants;
-        let used_up = |rate: &Rate| self.ledger.spent(slice).is_some_and(|s| s.is_all_of(*rate));
-        let Some(sustained) = sustained.filter(used_up) else {
-            return *bandwidth;
+        let bandwidth = sliver.wants.bandwidth;
+        let Some((ceiling, _)) = self.held(sliver) else {
+            return bandwidth;
         };
-        let ceiling = sustained.max(bandwidth.guarantee);
         Bandwidth {
             peak: Some(bandwidth.peak.map_or(ceiling, |peak| peak.min(ceiling))),
-            ..*bandwidth
+            ..bandwidth
         }
+    }
+
+    /// The rate that a sliver is held to and until when (ns since 1970), if its slice has used up
+    /// its day. A guarantee stays one: it was paid for.
+    fn held(&self, sliver: &SliverNet) -> Option<(Rate, u64)> {
+        let wants = &sliver.wants;
+        let (sustained, spent) = (wants.sustained?, self.ledger.spent(&wants.slice)?);
+        let rate = sustained.max(wants.bandwidth.guarantee);
+        spent.is_all_of(sustained).then(|| (rate, spent.until_ns()))
     }
 
     /// What slivers have sent and received.

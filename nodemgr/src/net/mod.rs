@@ -42,7 +42,7 @@ use tokio::sync::{mpsc, oneshot};
 pub use self::core::Core;
 pub use self::flows::FlowTable;
 pub use self::plan::{Plan, SliverNet, TAP_PREFIX, index_of_tap, mac_of, tap_name};
-pub use self::sustained::{Clock, Reading, Spent, budget};
+pub use self::sustained::{Clock, Counted, Held, Reading, Spent, budget};
 pub use self::wants::Wants;
 pub use mandoline_limits::shaper::Bandwidth;
 
@@ -270,8 +270,8 @@ impl Network {
     }
 
     /// Counts what slices have sent, and holds those to their sustained rate that have used up
-    /// their day's bytes. Gives what is to be kept by slice; none where nothing is.
-    pub async fn count(&self) -> Result<Vec<(String, Option<Spent>)>, NetError> {
+    /// their day's bytes.
+    pub async fn count(&self) -> Result<Counted, NetError> {
         self.call(Core::count).await
     }
 

@@ -208,7 +208,7 @@ table inet {TABLE} {{
 /// no answer of theirs is wanted; routers' words, redirects and answers are forgeries.
 const FRAMES6: &str = r#"
     icmpv6 type nd-neighbor-solicit ip6 saddr :: counter name other_frames drop
-    icmpv6 type nd-neighbor-solicit iifname . ether saddr . ip6 saddr @neighbours ip6 nexthdr icmpv6 ip6 hoplimit 255 @th,64,128 GATEWAY goto shape
+    icmpv6 type nd-neighbor-solicit iifname . ether saddr . ip6 saddr @neighbours ip6 nexthdr 58 ip6 hoplimit 255 @th,64,128 GATEWAY goto shape
     icmpv6 type nd-neighbor-solicit iifname . ether saddr . ip6 saddr @neighbours counter name other_frames drop
     icmpv6 type { nd-router-solicit, mld-listener-query, mld-listener-report, mld-listener-done, mld2-listener-report } counter name other_frames drop
     icmpv6 type { nd-router-advert, nd-neighbor-solicit, nd-neighbor-advert, nd-redirect } iifname @spoofed drop

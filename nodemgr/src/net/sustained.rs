@@ -94,6 +94,24 @@ pub struct Reading {
     pub bytes: u64,
 }
 
+/// What came of counting.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Counted {
+    /// What is to be kept by slice; none for a slice of which nothing is.
+    pub changes: Vec<(String, Option<Spent>)>,
+    /// Slivers, by vm_id, that are held to their sustained rate from now on, or no more.
+    pub switched: Vec<(u32, Option<Held>)>,
+}
+
+/// A sliver is held to its sustained rate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Held {
+    /// The rate: the sustained one, or the guarantee if that is more.
+    pub rate: Rate,
+    /// Until then, ns since 1970.
+    pub until_ns: u64,
+}
+
 /// A day's bytes at a rate.
 pub fn budget(sustained: Rate) -> u64 {
     sustained.bytes_per_second().saturating_mul(DAY_S)

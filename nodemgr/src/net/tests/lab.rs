@@ -36,13 +36,14 @@ pub(super) fn in_namespace_with(config: NetworkConfig, test: impl FnOnce(Lab) + 
         return eprintln!("skipped: needs root for a network namespace");
     }
     let thread = std::thread::spawn(move || {
-        // SAFETY: unshare touches no memory; only this thread changes its network namespace.
-        if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
+        // SAFETY: unshare touches no memory; only this thread changes its namespaces.
+        if unsafe { libc::unshare(libc::CLONE_NEWNET | libc::CLONE_NEWNS) } != 0 {
             return eprintln!(
                 "skipped: no network namespaces here: {}",
                 io::Error::last_os_error()
             );
         }
+        hide_names();
         if !std::path::Path::new("/usr/sbin/nft").exists() {
             return eprintln!("skipped: needs /usr/sbin/nft (apt-get install nftables)");
         }
@@ -50,6 +51,33 @@ pub(super) fn in_namespace_with(config: NetworkConfig, test: impl FnOnce(Lab) + 
     });
     if let Err(panic) = thread.join() {
         std::panic::resume_unwind(panic);
+    }
+}
+
+/// A small node has neither names of protocols nor of services: the ruleset must do without. What
+/// is mounted here ends with the thread's mount namespace.
+fn hide_names() {
+    let mount = |source: &std::ffi::CStr, target: &std::ffi::CStr, flags| {
+        // SAFETY: both strings end with a zero and outlive the call; the rest may be null.
+        let status = unsafe {
+            libc::mount(
+                source.as_ptr(),
+                target.as_ptr(),
+                std::ptr::null(),
+                flags,
+                std::ptr::null(),
+            )
+        };
+        assert_eq!(status, 0, "{target:?}: {}", io::Error::last_os_error());
+    };
+    mount(c"none", c"/", libc::MS_REC | libc::MS_PRIVATE);
+    for (path, name) in [
+        ("/etc/protocols", c"/etc/protocols"),
+        ("/etc/services", c"/etc/services"),
+    ] {
+        if std::path::Path::new(path).exists() {
+            mount(c"/dev/null", name, libc::MS_BIND);
+        }
     }
 }
 

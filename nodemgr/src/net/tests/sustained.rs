@@ -69,7 +69,16 @@ fn after_the_days_bytes_the_ceiling_falls_and_the_next_day_it_rises() {
         lab.core.count().unwrap();
         assert_eq!(ceiling(&mut lab, 1), 20_000_000, "86,400 bytes are not used up");
         send(&mut lab, &guest, 7_000);
-        let kept = lab.core.count().unwrap();
+        let Counted {
+            changes: kept,
+            switched,
+        } = lab.core.count().unwrap();
+        let held = Held {
+            rate: Rate::from_bits_per_second(1_000).unwrap(),
+            until_ns: 2 * DAY,
+        };
+        assert_eq!(switched, [(0x1001, Some(held))]);
+        assert_eq!(lab.core.count().unwrap().switched, [], "told once");
         assert_eq!(
             ceiling(&mut lab, 1),
             1_000,
@@ -93,7 +102,7 @@ fn after_the_days_bytes_the_ceiling_falls_and_the_next_day_it_rises() {
         lab.core.count().unwrap();
         assert_eq!(ceiling(&mut lab, 1), 1_000);
         time.store(2 * DAY, Ordering::Relaxed);
-        lab.core.count().unwrap();
+        assert_eq!(lab.core.count().unwrap().switched, [(0x1001, None)]);
         assert_eq!(ceiling(&mut lab, 1), 20_000_000);
         assert_eq!(lab.core.spent()["plc.test_1"].bytes, 0);
     });
@@ -107,7 +116,7 @@ fn neither_a_new_sliver_nor_a_new_node_manager_forgets() {
         let guest = lab.add_net(net.clone());
         send(&mut lab, &guest, 50_000);
         let mut kept: std::collections::BTreeMap<String, Option<Spent>> = Default::default();
-        kept.extend(lab.core.count().unwrap());
+        kept.extend(lab.core.count().unwrap().changes);
         send(&mut lab, &guest, 10_000);
 
         // Another node manager, which knows what was kept, finds the living class.
@@ -149,6 +158,9 @@ fn neither_a_new_sliver_nor_a_new_node_manager_forgets() {
         lab.core.remove_sliver(4, 78).unwrap();
         lab.core.count().unwrap();
         time.store(2 * DAY, Ordering::Relaxed);
-        assert_eq!(lab.core.count().unwrap(), [("plc.test_1".to_owned(), None)]);
+        assert_eq!(
+            lab.core.count().unwrap().changes,
+            [("plc.test_1".to_owned(), None)]
+        );
     });
 }
