@@ -280,7 +280,12 @@ impl Store {
     /// What slices have sent in their days, as it was last kept.
     pub fn spent(&self) -> Result<BTreeMap<String, Spent>, StoreError> {
         let transaction = self.database.begin_read().map_err(|e| self.failed(e))?;
-        let table = transaction.open_table(SPENT).map_err(|e| self.failed(e))?;
+        let table = match transaction.open_table(SPENT) {
+            Ok(table) => table,
+            // Nothing was ever kept: a new node, or one of an earlier version.
+            Err(redb::TableError::TableDoesNotExist(_)) => return Ok(BTreeMap::new()),
+            Err(error) => return Err(self.failed(error)),
+        };
         let mut spent = BTreeMap::new();
         for row in table.iter().map_err(|e| self.failed(e))? {
             let (key, value) = row.map_err(|e| self.failed(e))?;
@@ -329,5 +334,17 @@ mod erased {
         fn encode(&self) -> serde_json::Result<Vec<u8>> {
             serde_json::to_vec(self)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_new_node_has_sent_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, _) = Store::open(&dir.path().join("nodemgr.redb"), Rspec::new(), 0).unwrap();
+        assert!(store.spent().unwrap().is_empty());
     }
 }
