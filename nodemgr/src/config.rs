@@ -12,13 +12,14 @@ use mandoline_rspec::{
 use serde::Deserialize;
 
 use crate::caller::{Service, Services};
-use crate::host_service::Program;
+use crate::host_service::{HOST_SERVICE, Program};
 use crate::kvm;
 use crate::net::NetworkConfig;
 use crate::ops::Overbook;
 use crate::owner::Entry;
 use crate::policy::SITE_ADMIN;
 use crate::pressure::PressureConfig;
+use crate::qemu::{QEMU_MICROVM, QemuConfig};
 
 /// Why the configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -85,6 +86,8 @@ pub struct Config {
     pub network: NetConfig,
     /// The `kvm-microvm` backend.
     pub kvm: kvm::KvmConfig,
+    /// The `qemu-microvm` backend.
+    pub qemu: QemuConfig,
     /// Accounts for ssh through the node.
     pub accounts: AccountsConfig,
     /// When the node is short of memory or disk.
@@ -287,6 +290,7 @@ impl Default for Config {
             host_cpu_shares: 100,
             network: NetConfig::default(),
             kvm: kvm::KvmConfig::default(),
+            qemu: QemuConfig::default(),
             accounts: AccountsConfig::default(),
             sensors: SensorsConfig::default(),
             pressure: PressureConfig::default(),
@@ -353,12 +357,12 @@ impl Config {
             }
         }
         for (name, backend) in &self.vm_type_names {
-            if backend != KVM_MICROVM {
+            if ![KVM_MICROVM, QEMU_MICROVM, HOST_SERVICE].contains(&backend.as_str()) {
                 let setting = format!("vm_type_names.{name}");
                 return refuse(
                     &setting,
                     backend.clone(),
-                    "allowed: the name of a backend, kvm-microvm",
+                    "allowed: the name of a backend, kvm-microvm, qemu-microvm or host-service",
                 );
             }
         }

@@ -196,6 +196,7 @@ pub async fn run(config: Config, stop: watch::Receiver<bool>) -> Result<(), Star
     ));
     let mut registry = Registry::default();
     registry.add(Arc::clone(&kvm) as _);
+    registry.add(Arc::new(kvm.with_qemu(config.qemu.clone())));
     let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
     registry.add(Arc::new(HostServices::new(
         config.programs(&passwd),

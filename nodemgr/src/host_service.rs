@@ -29,7 +29,9 @@ use tokio::net::UnixStream;
 use tokio::task::JoinHandle;
 
 use crate::cgroup::{Limits, Tree};
-use crate::vm_type::{Exit, Failure, Report, Reports, Resized, SliverSpec, Stats, VmType, Work, blocking};
+use crate::vm_type::{
+    Exit, Failure, Report, Reports, Resized, SliverSpec, Stats, VmType, Work, blocking, watch,
+};
 
 /// The name in `vm_type`.
 pub const HOST_SERVICE: &str = "host-service";
@@ -132,7 +134,7 @@ impl HostServices {
     /// Reports the end of a service's process.
     fn watch(&self, vm_id: VmId, pidfd: OwnedFd, reports: &Reports) -> Result<(), Failure> {
         let pidfd =
-            watched(pidfd).map_err(|e| Failure::retryable(format!("the service cannot be watched: {e}")))?;
+            watch(pidfd).map_err(|e| Failure::retryable(format!("the service cannot be watched: {e}")))?;
         let pidfd = Arc::new(pidfd);
         let (watched, reports) = (Arc::clone(&pidfd), reports.clone());
         reports.tell(Report::Up);
@@ -402,13 +404,6 @@ fn find(cgroup: Option<&Path>, handover: &Path) -> Option<OwnedFd> {
     same.then_some(pidfd)
 }
 
-/// Registers a process's descriptor with the event loop.
-fn watched(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: an `OwnedFd` owns its descriptor and is neither changed nor replaced while it is registered:
-    // only shared references to it are ever handed out.
-    Ok(unsafe { AsyncFd::register_with_interest(fd, tokio::io::Interest::READABLE) }?)
-}
-
 /// Waits for the end of a process, and says how it came.
 async fn end_of(pidfd: &AsyncFd<OwnedFd>) -> String {
     if let Err(error) = pidfd.readable().await {
@@ -496,7 +491,7 @@ mod tests {
         fs::write(&handover, serde_json::to_vec(&wrong).unwrap()).unwrap();
         assert!(find(Some(dir.path()), &handover).is_none());
         rustix::process::pidfd_send_signal(&again, Signal::TERM).unwrap();
-        let pidfd = watched(pidfd).unwrap();
+        let pidfd = watch(pidfd).unwrap();
         let how = tokio::time::timeout(Duration::from_secs(20), end_of(&pidfd))
             .await
             .unwrap();

@@ -24,6 +24,7 @@ pub mod ops;
 pub mod owner;
 pub mod policy;
 pub mod pressure;
+pub mod qemu;
 pub mod scs;
 pub mod secret;
 pub mod sensors;

@@ -12,6 +12,7 @@
 //!  running    restarts rose: stop, start ────────────┤ stop with grace             │ stop at once
 //!             resizes rose: resize                   └─────────────────────────────┘
 //!             exited: shutdown ─► stopped · reboot ─► start · died ─► failed, backoff, start
+//!             ordered: reset ─► failed, start · hold ─► paused, until the order is taken back
 //! ```
 
 use std::collections::BTreeMap;

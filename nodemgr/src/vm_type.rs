@@ -6,12 +6,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use mandoline_api::nodemgr::{FailureClass, Initscript, VmId, VmTypeInfo};
 use mandoline_rspec::{Rspec, SliceId};
+use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 
@@ -211,6 +213,13 @@ pub(crate) async fn blocking<T: Send + 'static>(
             "a step of the backend failed: {error}"
         ))),
     }
+}
+
+/// Registers a descriptor of ours with the event loop.
+pub(crate) fn watch(fd: OwnedFd) -> std::io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` owns its descriptor and is neither changed nor replaced while it is registered:
+    // only shared references to it are ever handed out.
+    Ok(unsafe { AsyncFd::register_with_interest(fd, tokio::io::Interest::READABLE) }?)
 }
 
 /// The backends of a node by name.

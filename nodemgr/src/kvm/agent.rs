@@ -3,7 +3,7 @@
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use mandoline_api::agent::{self, Decoder, FrameError, Request};
 use mandoline_api::monitor::VsockOut;
@@ -12,6 +12,8 @@ use serde::de::DeserializeOwned;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
+
+use crate::qemu;
 
 /// Why the agent was not asked.
 #[derive(Debug, thiserror::Error)]
@@ -29,8 +31,33 @@ pub(super) enum AgentError {
     Frame(#[from] FrameError),
 }
 
-/// Opens a stream to a port of the guest (Firecracker's scheme: `CONNECT <port>` is answered by `OK <n>`).
-pub(super) async fn connect(socket: &Path, port: u32) -> Result<UnixStream, AgentError> {
+/// How a guest's ports are reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Door {
+    /// Our monitor's socket.
+    Monitor(PathBuf),
+    /// The kernel's vsock, by the guest's context id.
+    Vsock(u32),
+}
+
+/// Opens a stream to a port of the guest.
+pub(super) async fn connect(door: &Door, port: u32) -> Result<UnixStream, AgentError> {
+    match door {
+        Door::Monitor(socket) => through_monitor(socket, port).await,
+        Door::Vsock(cid) => {
+            let cid = *cid;
+            let refuse = |message: String| AgentError::Connect { port, message };
+            // Registered with the event loop of the thread that waits here, wherever it was connected.
+            let connected = tokio::task::spawn_blocking(move || qemu::connect(cid, port)).await;
+            connected
+                .map_err(|e| refuse(e.to_string()))?
+                .map_err(|e| refuse(e.to_string()))
+        }
+    }
+}
+
+/// By Firecracker's scheme: `CONNECT <port>` is answered by `OK <n>`.
+async fn through_monitor(socket: &Path, port: u32) -> Result<UnixStream, AgentError> {
     let refuse = |message: String| AgentError::Connect { port, message };
     let mut stream = UnixStream::connect(socket)
         .await
@@ -91,8 +118,8 @@ impl Frames {
 }
 
 /// Asks the agent one thing.
-pub(super) async fn ask<T: DeserializeOwned>(socket: &Path, request: &Request) -> Result<T, AgentError> {
-    let mut stream = connect(socket, agent::AGENT_PORT).await?;
+pub(super) async fn ask<T: DeserializeOwned>(door: &Door, request: &Request) -> Result<T, AgentError> {
+    let mut stream = connect(door, agent::AGENT_PORT).await?;
     stream
         .write_all(&agent::encode(request)?)
         .await
@@ -175,9 +202,10 @@ mod tests {
             let (mut stream, _) = listener.accept().await.unwrap();
             stream.read_exact(&mut line).await.unwrap();
         });
-        let hello: HelloReply = ask(&path, &Request::Hello).await.unwrap();
+        let door = Door::Monitor(path);
+        let hello: HelloReply = ask(&door, &Request::Hello).await.unwrap();
         assert_eq!(hello.listen_ns, 2);
-        let error = ask::<HelloReply>(&path, &Request::Hello).await.unwrap_err();
+        let error = ask::<HelloReply>(&door, &Request::Hello).await.unwrap_err();
         assert!(error.to_string().contains("nobody listens"), "{error}");
         monitor.await.unwrap();
     }

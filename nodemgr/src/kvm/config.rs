@@ -105,6 +105,11 @@ impl Places {
         self.run(vm_id).join("api.sock")
     }
 
+    /// QEMU's control socket.
+    pub(super) fn qmp(&self, vm_id: VmId) -> PathBuf {
+        self.run(vm_id).join("qmp.sock")
+    }
+
     /// What the monitor tells of its state.
     pub(super) fn state(&self, vm_id: VmId) -> PathBuf {
         self.run(vm_id).join("state")

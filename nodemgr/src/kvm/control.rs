@@ -1,19 +1,24 @@
-//! The monitor's control socket: what is changed while a VM runs.
+//! The control sockets of our monitor and of QEMU: what is changed while a VM runs.
 
+use std::fs::File;
 use std::io::{self, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use hyper::Method;
-use mandoline_api::monitor::{BalloonPatch, BalloonStats, DrivePatch, FD_NAMES_HEADER, FD_PREFIX, VmPatch};
+use mandoline_api::monitor::{
+    BalloonPatch, BalloonStats, DrivePatch, FD_NAMES_HEADER, FD_PREFIX, VmPatch, VmPatchState,
+};
 use mandoline_api::unix::Client;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde::Serialize;
+use serde_json::json;
 
-use crate::vm_type::Failure;
+use crate::qemu::Qmp;
+use crate::vm_type::{Failure, blocking};
 
 /// How long the guest may take to fill its balloon before it is let do so by itself.
 const INFLATE: Duration = Duration::from_secs(5);
@@ -36,21 +41,76 @@ async fn patch<T: Serialize>(api: &Path, target: &str, body: &T) -> Result<(), F
     }
 }
 
-/// Stops the vCPUs or lets them run again.
-pub(super) async fn set_state(api: &Path, state: VmPatch) -> Result<(), Failure> {
-    patch(api, "/vm", &state).await
+/// How a running VM is changed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Control {
+    /// Our monitor's socket.
+    Monitor(PathBuf),
+    /// QEMU's.
+    Qemu(PathBuf),
 }
 
-/// Asks the guest for `wanted` MiB of its memory, and waits a moment for them. Gives what it has given, in MiB.
-pub(super) async fn inflate(api: &Path, wanted: u32) -> Result<u32, Failure> {
-    patch(api, "/balloon", &BalloonPatch { amount_mib: wanted }).await?;
-    let began = Instant::now();
-    loop {
-        let given = balloon(api).await?;
-        if given >= wanted || began.elapsed() >= INFLATE {
-            return Ok(given);
+impl Control {
+    /// Stops the vCPUs.
+    pub(super) async fn pause(&self) -> Result<(), Failure> {
+        let state = VmPatchState::Paused;
+        match self {
+            Self::Monitor(api) => patch(api, "/vm", &VmPatch { state }).await,
+            Self::Qemu(qmp) => Qmp::once(qmp, "stop", json!({})).await.map(drop),
         }
-        tokio::time::sleep(LOOK).await;
+    }
+
+    /// Lets the vCPUs run again.
+    pub(super) async fn resume(&self) -> Result<(), Failure> {
+        let state = VmPatchState::Resumed;
+        match self {
+            Self::Monitor(api) => patch(api, "/vm", &VmPatch { state }).await,
+            Self::Qemu(qmp) => Qmp::once(qmp, "cont", json!({})).await.map(drop),
+        }
+    }
+
+    /// Asks a guest that was booted with `booted` MiB for `wanted` of them, and waits a moment. Gives what it has given,
+    /// in MiB.
+    pub(super) async fn inflate(&self, booted: u64, wanted: u64) -> Result<u64, Failure> {
+        match self {
+            Self::Monitor(api) => {
+                let amount_mib = u32::try_from(wanted).unwrap_or(u32::MAX);
+                patch(api, "/balloon", &BalloonPatch { amount_mib }).await?;
+            }
+            Self::Qemu(qmp) => {
+                // QEMU counts what is left to the guest.
+                let value = booted.saturating_sub(wanted) << 20;
+                Qmp::once(qmp, "balloon", json!({ "value": value })).await?;
+            }
+        }
+        let began = Instant::now();
+        loop {
+            let given = match self {
+                Self::Monitor(api) => balloon(api).await?.into(),
+                Self::Qemu(qmp) => {
+                    let said = Qmp::once(qmp, "query-balloon", json!({})).await?;
+                    booted.saturating_sub(said["actual"].as_u64().unwrap_or(0) >> 20)
+                }
+            };
+            if given >= wanted || began.elapsed() >= INFLATE {
+                return Ok(given);
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// Tells of a drive that its file grew to `length` bytes.
+    pub(super) async fn grow(&self, drive: &'static str, file: File, length: u64) -> Result<(), Failure> {
+        match self {
+            Self::Monitor(api) => {
+                let api = api.clone();
+                blocking(move || renew_drive(&api, drive, file.as_fd())).await
+            }
+            Self::Qemu(qmp) => {
+                let arguments = json!({ "device": drive, "size": length });
+                Qmp::once(qmp, "block_resize", arguments).await.map(drop)
+            }
+        }
     }
 }
 
@@ -70,7 +130,7 @@ async fn balloon(api: &Path) -> Result<u32, Failure> {
 }
 
 /// Gives the monitor the file of a drive once more, after it grew. Blocks.
-pub(super) fn renew_drive(api: &Path, drive: &str, file: BorrowedFd<'_>) -> Result<(), Failure> {
+fn renew_drive(api: &Path, drive: &str, file: BorrowedFd<'_>) -> Result<(), Failure> {
     let target = format!("/drives/{drive}");
     let body = DrivePatch {
         drive_id: drive.to_owned(),
@@ -152,7 +212,6 @@ fn refused(target: &str, status: u16, body: &[u8]) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::AsFd;
 
     #[test]
     fn a_drive_goes_with_its_file() {

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -20,18 +20,20 @@ use super::config::{KvmConfig, Places};
 use super::monitor::{self, Booted, Handover, KEPT_FD, Launch, Passed};
 use super::{boot, disk};
 use crate::cgroup::{Limits, Tree};
+use crate::qemu::{self, QemuConfig};
 use crate::vm_type::{Failure, Reports, Stats, monotonic_ns};
 
 /// Whether slivers can run here; if not, what is missing.
-pub(super) fn check(config: &KvmConfig, tree: &Tree) -> Result<(), String> {
+pub(super) fn check(config: &KvmConfig, qemu: Option<&QemuConfig>, tree: &Tree) -> Result<(), String> {
     if let Err(error) = OpenOptions::new().read(true).write(true).open("/dev/kvm") {
         return Err(format!(
             "/dev/kvm: {error}. Allowed: a machine with VT-x or AMD-V (or nested virtualisation) and the kvm \
              module loaded"
         ));
     }
+    let monitor = qemu.map_or(&config.monitor, |qemu| &qemu.program);
     let files = [
-        ("the monitor", &config.monitor),
+        ("the monitor", monitor),
         ("the slivers' kernel", &config.kernel),
         ("the slivers' root image", &config.root),
         ("the maker of disks", &config.make_disk),
@@ -40,6 +42,9 @@ pub(super) fn check(config: &KvmConfig, tree: &Tree) -> Result<(), String> {
         if let Err(error) = fs::metadata(path) {
             return Err(format!("{what} {}: {error}", path.display()));
         }
+    }
+    if let Some(qemu) = qemu {
+        qemu::check(qemu)?;
     }
     tree.check()
 }
@@ -53,23 +58,79 @@ pub(super) struct Start {
     pub(super) booted: Booted,
     pub(super) uid: u32,
     pub(super) limits: Limits,
+    /// QEMU in the place of our monitor.
+    pub(super) qemu: Option<QemuConfig>,
     pub(super) tree: Arc<Tree>,
     pub(super) tap: OwnedFd,
     pub(super) reports: Reports,
 }
 
 impl Start {
-    /// Makes the cgroup, opens what the monitor gets, and starts it. Gives its process and our end of the
-    /// socket on which the guest's outward streams come.
-    pub(super) fn run(self) -> Result<(OwnedFd, OwnedFd), Failure> {
-        let vm_id = self.vm_id;
-        let cgroup = self.tree.create(vm_id, &self.limits)?;
+    /// Makes the cgroup and the directories, and starts the monitor. Gives its process and, where it is our monitor, our
+    /// end of the socket on which the guest's outward streams come.
+    pub(super) fn run(self) -> Result<(OwnedFd, Option<OwnedFd>), Failure> {
+        let cgroup = self.tree.create(self.vm_id, &self.limits)?;
         self.reports.phase("cgroup");
+        make_dir(&self.places.run(self.vm_id))?;
+        make_dir(&self.places.logs(self.vm_id))?;
+        let started = match &self.qemu {
+            Some(qemu) => (self.run_qemu(qemu, cgroup.path())?, None),
+            None => {
+                let (pidfd, outward) = self.run_monitor(cgroup.path())?;
+                (pidfd, Some(outward))
+            }
+        };
+        self.reports.phase("monitor");
+        Ok(started)
+    }
 
-        let run = self.places.run(vm_id);
-        make_dir(&run)?;
-        let logs = self.places.logs(vm_id);
-        make_dir(&logs)?;
+    /// Written before the start: whoever finds the monitor later finds this.
+    fn hand_over(&self, kept_fd: RawFd) -> Result<(), Failure> {
+        let handover = Handover {
+            kept_fd,
+            booted: Some(self.booted),
+        };
+        let path = self.places.handover(self.vm_id);
+        let text = serde_json::to_vec(&handover).map_err(|e| Failure::fatal(e.to_string()))?;
+        fs::write(&path, text).map_err(|e| open_error(&path, &e))
+    }
+
+    /// Starts QEMU, which opens what it needs by itself; only the tap has no name that it could open.
+    fn run_qemu(&self, config: &QemuConfig, cgroup: &Path) -> Result<OwnedFd, Failure> {
+        let (vm_id, logs) = (self.vm_id, self.places.logs(self.vm_id));
+        self.hand_over(-1)?;
+        let log = append(&logs.join("monitor.log"))?;
+        let interface = self.vm.network_interfaces.first();
+        let machine = qemu::Machine {
+            vm_id,
+            uid: self.uid,
+            vcpus: self.booted.vcpus,
+            mem_mib: self.booted.mem_mib,
+            kernel: &self.config.kernel,
+            boot_args: &self.config.boot_args,
+            root: &self.config.root,
+            disk: &self.places.disk(vm_id),
+            console: &logs.join("console"),
+            qmp: &self.places.qmp(vm_id),
+            mac: interface.and_then(|i| i.guest_mac.clone()).unwrap_or_default(),
+            tap: self.tap.as_raw_fd(),
+        };
+        monitor::launch(Launch {
+            program: &config.program,
+            arguments: qemu::arguments(config, &machine).map_err(Failure::fatal)?,
+            passed: vec![Passed {
+                name: "tap0",
+                fd: self.tap.as_fd(),
+            }],
+            names: false,
+            cgroup,
+            log,
+        })
+    }
+
+    /// Opens what our monitor gets, and starts it.
+    fn run_monitor(&self, cgroup: &Path) -> Result<(OwnedFd, OwnedFd), Failure> {
+        let (vm_id, logs) = (self.vm_id, self.places.logs(self.vm_id));
         let disk = self.places.disk(vm_id);
         let read = |path: &Path| File::open(path).map_err(|e| open_error(path, &e));
         let write = |path: &Path| {
@@ -78,14 +139,6 @@ impl Start {
                 .write(true)
                 .open(path)
                 .map_err(|e| open_error(path, &e))
-        };
-        let append = |path: &Path| {
-            let options = OpenOptions::new()
-                .append(true)
-                .create(true)
-                .mode(0o600)
-                .open(path);
-            options.map_err(|e| open_error(path, &e))
         };
         let kvm = write(Path::new("/dev/kvm"))?;
         let kernel = read(&self.config.kernel)?;
@@ -106,15 +159,7 @@ impl Start {
         )
         .map_err(|e| Failure::retryable(format!("socket for outward streams: {e}")))?;
 
-        // Written before the start: whoever finds the monitor later finds this.
-        let handover = Handover {
-            kept_fd: ours.as_raw_fd(),
-            booted: Some(self.booted),
-        };
-        let path = self.places.handover(vm_id);
-        let text = serde_json::to_vec(&handover).map_err(|e| Failure::fatal(e.to_string()))?;
-        fs::write(&path, text).map_err(|e| open_error(&path, &e))?;
-
+        self.hand_over(ours.as_raw_fd())?;
         let passed = vec![
             Passed {
                 name: "kvm",
@@ -173,14 +218,23 @@ impl Start {
             program: &self.config.monitor,
             arguments: boot::arguments(vm_id, self.uid, monotonic_ns()),
             passed,
-            cgroup: cgroup.path(),
+            names: true,
+            cgroup,
             log: log
                 .try_clone()
                 .map_err(|e| Failure::retryable(format!("log: {e}")))?,
         })?;
-        self.reports.phase("monitor");
         Ok((pidfd, ours))
     }
+}
+
+fn append(path: &Path) -> Result<File, Failure> {
+    let file = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(path);
+    file.map_err(|e| open_error(path, &e))
 }
 
 fn listen(path: &Path) -> Result<UnixListener, Failure> {
@@ -239,11 +293,18 @@ pub(super) fn reap(pidfd: &OwnedFd) {
     );
 }
 
-/// The monitor that runs in a cgroup, and our end of its outward socket where it can be had.
-pub(super) fn adopt(cgroup: &Path, handover: &Path) -> Result<Option<(OwnedFd, Option<OwnedFd>)>, Failure> {
+/// The monitor that runs in a cgroup, and our end of its outward socket where it can be had; QEMU has none.
+pub(super) fn adopt(
+    cgroup: &Path,
+    handover: &Path,
+    is_qemu: bool,
+) -> Result<Option<(OwnedFd, Option<OwnedFd>)>, Failure> {
     let found = monitor::find(cgroup)
         .map_err(|e| Failure::retryable(format!("processes of {}: {e}", cgroup.display())))?;
     let Some(pidfd) = found else { return Ok(None) };
+    if is_qemu {
+        return Ok(Some((pidfd, None)));
+    }
     let kept = self::handover(handover)
         .ok_or_else(|| io::Error::other("no handover file"))
         .and_then(|handover| monitor::fetch_kept(pidfd.as_fd(), &handover));

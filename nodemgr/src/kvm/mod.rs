@@ -31,7 +31,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use mandoline_api::agent::{Request, ShutdownMode, ShutdownReply};
-use mandoline_api::monitor::{VmPatch, VmPatchState};
 use mandoline_api::nodemgr::{VmId, VmTypeInfo};
 use mandoline_rspec::{KVM_MICROVM, Rspec};
 use tokio::io::unix::AsyncFd;
@@ -40,18 +39,21 @@ use tokio::task::JoinHandle;
 
 pub use config::KvmConfig;
 
-use crate::cgroup::Tree;
+use crate::cgroup::{Limits, Tree};
 use crate::net::{Network, SliverNet, Wants};
+use crate::qemu::{self, Hub, QEMU_MICROVM, QemuConfig};
 use crate::services::{Dispatcher, Who};
 use crate::vm_type::{Failure, Reports, Resized, SliverSpec, Stats, VmType, Work, blocking};
+use agent::Door;
 use config::Places;
+use control::Control;
 use monitor::Booted;
-use outward::Outward;
+use outward::{Outward, Source};
 
 /// How long a killed monitor may take to be gone: closing a VM takes up to 70 ms, emulated and loaded more.
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// What can be done to a VM of ours.
+/// What can be done to a VM of ours, and to one of QEMU's: what it could do beside these, nobody asks of it.
 const CAPABILITIES: [&str; 15] = [
     "pause",
     "channel",
@@ -82,7 +84,18 @@ impl Drop for Vm {
     }
 }
 
-/// The backend.
+/// QEMU in the place of our monitor.
+struct Qemu {
+    config: QemuConfig,
+    hub: Hub,
+}
+
+/// Threads of our monitor beside its vCPUs, with room.
+const MONITOR_THREADS: u32 = 32;
+/// Threads of QEMU beside its vCPUs: those that read and write files are up to 64.
+const QEMU_THREADS: u32 = 128;
+
+/// The backend: with our monitor, or with QEMU.
 pub struct Kvm {
     config: KvmConfig,
     places: Places,
@@ -93,7 +106,8 @@ pub struct Kvm {
     mtu: u32,
     running: Mutex<BTreeMap<VmId, Vm>>,
     /// Held while a template is made.
-    templates: tokio::sync::Mutex<()>,
+    templates: Arc<tokio::sync::Mutex<()>>,
+    qemu: Option<Qemu>,
 }
 
 impl Kvm {
@@ -109,7 +123,6 @@ impl Kvm {
     ) -> Self {
         let [state_dir, run_dir, log_dir] = directories;
         let places = Places::new(state_dir, run_dir, log_dir);
-        let templates = tokio::sync::Mutex::new(());
         Self {
             config,
             places,
@@ -118,9 +131,67 @@ impl Kvm {
             services,
             dns,
             mtu,
-            running: Mutex::new(BTreeMap::new()),
-            templates,
+            running: Mutex::default(),
+            templates: Arc::default(),
+            qemu: None,
         }
+    }
+
+    /// The backend that runs QEMU, beside this one: over the same network, cgroups, disks and images.
+    pub fn with_qemu(&self, config: QemuConfig) -> Self {
+        Self {
+            config: self.config.clone(),
+            places: self.places.clone(),
+            tree: Arc::clone(&self.tree),
+            network: self.network.clone(),
+            services: Arc::clone(&self.services),
+            dns: self.dns.clone(),
+            mtu: self.mtu,
+            running: Mutex::default(),
+            templates: Arc::clone(&self.templates),
+            qemu: Some(Qemu {
+                config,
+                hub: Hub::default(),
+            }),
+        }
+    }
+
+    /// How the ports of a guest are reached.
+    fn door(&self, vm_id: VmId) -> Door {
+        match &self.qemu {
+            Some(_) => Door::Vsock(qemu::cid(vm_id)),
+            None => Door::Monitor(self.places.vsock(vm_id)),
+        }
+    }
+
+    /// How a running VM is changed.
+    fn control(&self, vm_id: VmId) -> Control {
+        match &self.qemu {
+            Some(_) => Control::Qemu(self.places.qmp(vm_id)),
+            None => Control::Monitor(self.places.api(vm_id)),
+        }
+    }
+
+    /// What a monitor may use beside the guest's memory, in MiB.
+    fn overhead_mib(&self) -> u64 {
+        let of_qemu = self.qemu.as_ref().map(|qemu| qemu.config.overhead_mib);
+        of_qemu.unwrap_or(self.config.overhead_mib)
+    }
+
+    fn limits(&self, rspec: &Rspec) -> Result<Limits, Failure> {
+        let threads = match &self.qemu {
+            Some(_) => QEMU_THREADS,
+            None => MONITOR_THREADS,
+        };
+        values::limits(self.overhead_mib(), threads, rspec)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        host::check(
+            &self.config,
+            self.qemu.as_ref().map(|qemu| &qemu.config),
+            &self.tree,
+        )
     }
 
     /// Brings the network's tables to what is recorded, before anything is started: what an earlier node
@@ -176,14 +247,24 @@ impl Kvm {
     ) -> Result<(), Failure> {
         let watch = |e| Failure::retryable(format!("the monitor cannot be watched: {e}"));
         let pidfd = Arc::new(monitor::watch(pidfd).map_err(watch)?);
-        let outward = outward.map(monitor::watch).transpose().map_err(watch)?;
+        let source = match &self.qemu {
+            Some(qemu) => Some(Source::Vsock(
+                qemu.hub.streams(qemu::cid(sliver.vm_id)).map_err(watch)?,
+            )),
+            None => outward
+                .map(monitor::watch)
+                .transpose()
+                .map_err(watch)?
+                .map(Source::Monitor),
+        };
         let who = Who {
             slice: sliver.slice.clone(),
             vm_id: sliver.vm_id,
         };
-        let outward = outward.map(|socket| Outward::start(socket, Arc::clone(&self.services), who));
+        let outward = source.map(|source| Outward::start(source, Arc::clone(&self.services), who));
         let session = session::Session {
-            vsock: self.places.vsock(sliver.vm_id),
+            door: self.door(sliver.vm_id),
+            notes_end: self.qemu.is_some(),
             state: self.places.state(sliver.vm_id),
             disk: self.places.disk(sliver.vm_id),
             join: self.join(sliver)?,
@@ -244,7 +325,7 @@ impl Kvm {
         // What an earlier run has left would be in the way.
         self.clear(sliver.vm_id, Some(sliver.index)).await?;
         let net = self.net(sliver)?;
-        let limits = values::limits(&self.config, &sliver.rspec)?;
+        let limits = self.limits(&sliver.rspec)?;
         let tap = self
             .network
             .add_sliver(net.clone())
@@ -262,12 +343,13 @@ impl Kvm {
             },
             uid: self.config.first_uid + u32::from(sliver.index),
             limits,
+            qemu: self.qemu.as_ref().map(|qemu| qemu.config.clone()),
             tree: Arc::clone(&self.tree),
             tap,
             reports: reports.clone(),
         };
         let (pidfd, outward) = blocking(move || started.run()).await?;
-        self.watch(sliver, pidfd, Some(outward), false, reports)
+        self.watch(sliver, pidfd, outward, false, reports)
     }
 
     /// Ends what runs of a sliver and takes away what only a running VM needs.
@@ -298,9 +380,9 @@ impl Kvm {
             mode: ShutdownMode::Poweroff,
             grace_ms: Some(half),
         };
-        let socket = self.places.vsock(vm_id);
+        let door = self.door(vm_id);
         let work = async {
-            agent::ask::<ShutdownReply>(&socket, &request).await?;
+            agent::ask::<ShutdownReply>(&door, &request).await?;
             Ok::<_, agent::AgentError>(monitor::wait(&pidfd, &self.places.state(vm_id)).await)
         };
         match tokio::time::timeout(grace, work).await {
@@ -309,21 +391,20 @@ impl Kvm {
             Err(_) => tracing::info!(vm_id, ?grace, "did not shut down in time"),
         }
     }
-
-    async fn control(&self, vm_id: VmId, state: VmPatchState) -> Result<(), Failure> {
-        control::set_state(&self.places.api(vm_id), VmPatch { state }).await
-    }
 }
 
 impl VmType for Kvm {
     fn name(&self) -> &'static str {
-        KVM_MICROVM
+        match &self.qemu {
+            Some(_) => QEMU_MICROVM,
+            None => KVM_MICROVM,
+        }
     }
 
     fn info(&self) -> VmTypeInfo {
-        let detail = host::check(&self.config, &self.tree).err();
+        let detail = self.check().err();
         VmTypeInfo {
-            name: KVM_MICROVM.to_owned(),
+            name: self.name().to_owned(),
             available: detail.is_none(),
             detail,
             capabilities: CAPABILITIES.map(str::to_owned).into(),
@@ -344,7 +425,7 @@ impl VmType for Kvm {
 
     fn start<'a>(&'a self, sliver: &'a SliverSpec, reports: &'a Reports) -> Work<'a, ()> {
         Box::pin(async move {
-            host::check(&self.config, &self.tree).map_err(Failure::fatal)?;
+            self.check().map_err(Failure::fatal)?;
             self.launch(sliver, reports).await?;
             if let Some(lack) = values::unusable_guarantee(&sliver.rspec) {
                 reports.tell(crate::vm_type::Report::Lacks(lack));
@@ -359,7 +440,8 @@ impl VmType for Kvm {
                 return Ok(false);
             };
             let handover = self.places.handover(sliver.vm_id);
-            let found = blocking(move || host::adopt(&cgroup, &handover)).await?;
+            let is_qemu = self.qemu.is_some();
+            let found = blocking(move || host::adopt(&cgroup, &handover, is_qemu)).await?;
             let Some((pidfd, outward)) = found else {
                 return Ok(false);
             };
@@ -379,11 +461,11 @@ impl VmType for Kvm {
     }
 
     fn pause(&self, vm_id: VmId) -> Work<'_, ()> {
-        Box::pin(self.control(vm_id, VmPatchState::Paused))
+        Box::pin(async move { self.control(vm_id).pause().await })
     }
 
     fn resume(&self, vm_id: VmId) -> Work<'_, ()> {
-        Box::pin(self.control(vm_id, VmPatchState::Resumed))
+        Box::pin(async move { self.control(vm_id).resume().await })
     }
 
     fn resize<'a>(&'a self, sliver: &'a SliverSpec) -> Work<'a, Resized> {
@@ -397,7 +479,8 @@ impl VmType for Kvm {
 
     fn snapshot<'a>(&'a self, vm_id: VmId, _directory: &'a Path) -> Work<'a, ()> {
         let reason = format!(
-            "sliver {vm_id}: {KVM_MICROVM} cannot snapshot; it can: {}",
+            "sliver {vm_id}: {} cannot snapshot; it can: {}",
+            self.name(),
             CAPABILITIES.join(", ")
         );
         Box::pin(std::future::ready(Err(Failure::fatal(reason))))
@@ -413,8 +496,7 @@ impl VmType for Kvm {
 
     fn channel(&self, vm_id: VmId, port: u32) -> Work<'_, UnixStream> {
         Box::pin(async move {
-            let socket = self.places.vsock(vm_id);
-            agent::connect(&socket, port)
+            agent::connect(&self.door(vm_id), port)
                 .await
                 .map_err(|e| Failure::retryable(e.to_string()))
         })

@@ -6,17 +6,19 @@
 //! node manager fetches its end with `pidfd_getfd`. Until then streams wait in the socket.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use mandoline_api::agent::ShutdownMode;
 use mandoline_api::monitor::{ExitReason, PhaseMark, RunState, StateChange, StateLine};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, WaitId, WaitIdOptions};
 use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 
+pub(super) use crate::vm_type::watch;
 use crate::vm_type::{Exit, Failure};
 
 /// Name of the descriptor that a monitor keeps for the node manager.
@@ -52,6 +54,8 @@ pub(super) struct Launch<'a> {
     pub(super) program: &'a Path,
     pub(super) arguments: Vec<String>,
     pub(super) passed: Vec<Passed<'a>>,
+    /// Whether the program takes `--fd NAME=N`; QEMU has the numbers among its arguments.
+    pub(super) names: bool,
     /// The directory of the sliver's cgroup.
     pub(super) cgroup: &'a Path,
     /// Where words go that are said before the log is open.
@@ -67,7 +71,7 @@ pub(super) fn launch(launch: Launch<'_>) -> Result<OwnedFd, Failure> {
         .map_err(|e| Failure::retryable(format!("cannot open {}: {e}", procs_path.display())))?;
     let mut command = Command::new(launch.program);
     command.args(&launch.arguments);
-    for passed in &launch.passed {
+    for passed in launch.passed.iter().filter(|_| launch.names) {
         command
             .arg("--fd")
             .arg(format!("{}={}", passed.name, passed.fd.as_raw_fd()));
@@ -190,13 +194,6 @@ pub(super) async fn wait(pidfd: &AsyncFd<OwnedFd>, state: &Path) -> Exit {
     }
 }
 
-/// Registers a descriptor of ours with the event loop.
-pub(super) fn watch(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: an `OwnedFd` owns its descriptor and is neither changed nor replaced while it is registered:
-    // only shared references to it are ever handed out.
-    Ok(unsafe { AsyncFd::register_with_interest(fd, tokio::io::Interest::READABLE) }?)
-}
-
 fn has_ended(pidfd: BorrowedFd<'_>) -> bool {
     use rustix::event::{PollFd, PollFlags, poll};
     let mut fds = [PollFd::from_borrowed_fd(pidfd, PollFlags::IN)];
@@ -220,6 +217,23 @@ fn describe(reason: ExitReason, detail: Option<&str>) -> String {
         Some(detail) => format!("{what}: {}", detail.trim()),
         None => what.to_owned(),
     }
+}
+
+/// Writes down how a guest said that it ends, as our monitor does by itself.
+pub(super) fn note_end(state: &Path, mode: ShutdownMode) -> io::Result<()> {
+    let change = StateChange {
+        state: RunState::Exited,
+        reason: Some(match mode {
+            ShutdownMode::Poweroff => ExitReason::Shutdown,
+            ShutdownMode::Reboot => ExitReason::Reboot,
+        }),
+        detail: None,
+        unix_ns: crate::core::unix_ns(),
+    };
+    let mut line = serde_json::to_vec(&change)?;
+    line.push(b'\n');
+    let mut file = fs::OpenOptions::new().append(true).create(true).open(state)?;
+    file.write_all(&line)
 }
 
 /// The last state that a monitor has written down.
@@ -261,6 +275,7 @@ mod tests {
             program: Path::new("/bin/sh"),
             arguments,
             passed,
+            names: false,
             cgroup: dir,
             log,
         })
@@ -356,6 +371,19 @@ mod tests {
         assert_eq!(rustix::io::read(&again, &mut buffer).unwrap(), 8);
         drop(gate);
         end_of(pidfd, &dir.path().join("state")).await;
+    }
+
+    #[tokio::test]
+    async fn what_a_guest_said_of_its_end_is_how_it_ended() {
+        let dir = cgroup();
+        let state = dir.path().join("state");
+        for (mode, want) in [
+            (ShutdownMode::Reboot, Exit::Reboot),
+            (ShutdownMode::Poweroff, Exit::Shutdown),
+        ] {
+            note_end(&state, mode).unwrap();
+            assert_eq!(end_of(start(dir.path(), "exit 0", vec![]), &state).await, want);
+        }
     }
 
     #[test]

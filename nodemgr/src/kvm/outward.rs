@@ -1,6 +1,7 @@
 //! Streams that a guest opens by itself: those to the event port are its session's, the others go to the
 //! services that they name.
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -29,13 +30,31 @@ impl Drop for Outward {
     }
 }
 
+/// Where a guest's outward streams come from.
+pub(super) enum Source {
+    /// Our monitor's socket.
+    Monitor(AsyncFd<OwnedFd>),
+    /// The kernel's vsock, already told apart by guest.
+    Vsock(mpsc::Receiver<(u32, UnixStream)>),
+}
+
+impl Source {
+    /// The next stream with the port that it wants; none when the guest is gone.
+    async fn next(&mut self) -> io::Result<Option<(u32, UnixStream)>> {
+        match self {
+            Self::Monitor(socket) => accept(socket).await,
+            Self::Vsock(streams) => Ok(streams.recv().await),
+        }
+    }
+}
+
 impl Outward {
-    /// Starts taking streams from the monitor's socket.
-    pub(super) fn start(socket: AsyncFd<OwnedFd>, dispatcher: Arc<Dispatcher>, who: Who) -> Self {
+    /// Starts taking a guest's streams.
+    pub(super) fn start(mut source: Source, dispatcher: Arc<Dispatcher>, who: Who) -> Self {
         let (sender, events) = mpsc::channel(WAITING);
         let task = tokio::spawn(async move {
             loop {
-                match accept(&socket).await {
+                match source.next().await {
                     Ok(Some((HOST_EVENT_PORT, stream))) => {
                         if sender.try_send(Ok(stream)).is_err() {
                             tracing::warn!(slice = %who.slice, "too many event streams of a guest; dropped");

@@ -9,14 +9,13 @@
 //! | `keys` | the agent |
 //! | `vcpus`, `initscript` | the next start |
 
-use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use mandoline_api::agent::{GrowDiskReply, Request, SetKeysReply};
 use mandoline_rspec::format_bytes;
 
 use super::monitor::Booted;
-use super::{Kvm, agent, control, disk, host, values};
+use super::{Kvm, agent, disk, host};
 use crate::cgroup::Limits;
 use crate::vm_type::{Failure, Resized, SliverSpec, blocking};
 
@@ -42,7 +41,7 @@ impl Kvm {
             keys: sliver.rspec.keys().to_vec(),
         };
         // A guest that is not joined yet gets its keys with the join.
-        if let Err(error) = agent::ask::<SetKeysReply>(&self.places.vsock(sliver.vm_id), &request).await {
+        if let Err(error) = agent::ask::<SetKeysReply>(&self.door(sliver.vm_id), &request).await {
             tracing::info!(vm_id = sliver.vm_id, %error, "keys not changed");
         }
         Ok(resized)
@@ -55,7 +54,7 @@ impl Kvm {
         booted: Booted,
         resized: &mut Resized,
     ) -> Result<(), Failure> {
-        let limits = values::limits(&self.config, &sliver.rspec)?;
+        let limits = self.limits(&sliver.rspec)?;
         let memory = sliver.rspec.number("mem_limit").unwrap_or(0);
         let wanted = memory >> 20;
         if wanted > booted.mem_mib {
@@ -73,21 +72,20 @@ impl Kvm {
         }
         // A bound that grows does so before the guest may use it.
         let bound = |given: u64| Limits {
-            memory_max: (booted.mem_mib.saturating_sub(given) + self.config.overhead_mib) << 20,
+            memory_max: (booted.mem_mib.saturating_sub(given) + self.overhead_mib()) << 20,
             memory_min: limits.memory_min.min(booted.mem_mib << 20),
             ..limits
         };
         let target = booted.mem_mib.saturating_sub(wanted);
         self.set_limits(sliver, bound(0)).await?;
-        let target_mib = u32::try_from(target).unwrap_or(u32::MAX);
-        let given = control::inflate(&self.places.api(sliver.vm_id), target_mib).await?;
-        if u64::from(given) < target {
+        let given = self.control(sliver.vm_id).inflate(booted.mem_mib, target).await?;
+        if given < target {
             resized.waits.push(format!(
                 "mem_limit is {}; its guest has given {given} MiB of {target} MiB back",
                 format_bytes(memory)
             ));
         }
-        self.set_limits(sliver, bound(u64::from(given).min(target))).await
+        self.set_limits(sliver, bound(given.min(target))).await
     }
 
     async fn set_limits(&self, sliver: &SliverSpec, limits: Limits) -> Result<(), Failure> {
@@ -97,15 +95,8 @@ impl Kvm {
 
     async fn grow_disk(&self, sliver: &SliverSpec, resized: &mut Resized) -> Result<(), Failure> {
         let wanted = disk::size_of(sliver.rspec.number("disk_quota").unwrap_or(0));
-        let (path, api) = (self.places.disk(sliver.vm_id), self.places.api(sliver.vm_id));
-        let grown = blocking(move || {
-            let (file, grown) = disk::grow(&path, wanted)?;
-            if grown == disk::Grown::Yes {
-                control::renew_drive(&api, "disk", file.as_fd())?;
-            }
-            Ok(grown)
-        })
-        .await?;
+        let path = self.places.disk(sliver.vm_id);
+        let (file, grown) = blocking(move || disk::grow(&path, wanted)).await?;
         match grown {
             disk::Grown::No => return Ok(()),
             disk::Grown::Longer(length) => {
@@ -116,9 +107,9 @@ impl Kvm {
                 ));
                 return Ok(());
             }
-            disk::Grown::Yes => {}
+            disk::Grown::Yes => self.control(sliver.vm_id).grow("disk", file, wanted).await?,
         }
-        match agent::ask::<GrowDiskReply>(&self.places.vsock(sliver.vm_id), &Request::GrowDisk).await {
+        match agent::ask::<GrowDiskReply>(&self.door(sliver.vm_id), &Request::GrowDisk).await {
             Ok(reply) => tracing::info!(vm_id = sliver.vm_id, ?reply, "disk grown"),
             // Whoever joins later is asked then.
             Err(error) => tracing::info!(vm_id = sliver.vm_id, %error, "file system not grown yet"),

@@ -25,7 +25,7 @@ use mandoline_api::nodemgr;
 use tokio::io::unix::AsyncFd;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use super::agent::{Frames, ask};
+use super::agent::{Door, Frames, ask};
 use super::outward::Outward;
 use super::{disk, monitor};
 use crate::core::unix_ns;
@@ -53,7 +53,9 @@ pub(super) struct Identity {
 
 /// One run of one VM.
 pub(super) struct Session {
-    pub(super) vsock: PathBuf,
+    pub(super) door: Door,
+    /// Whether what the guest says of its end is written down here: QEMU does not tell a shutdown from a reset.
+    pub(super) notes_end: bool,
     pub(super) state: PathBuf,
     pub(super) disk: PathBuf,
     pub(super) join: Identity,
@@ -141,7 +143,7 @@ impl Session {
     /// Asks an adopted guest how far it is: it may have said so while nobody listened.
     async fn ask_adopted(&self) -> Result<agent::Phase, Failure> {
         loop {
-            match ask::<HelloReply>(&self.vsock, &Request::Hello).await {
+            match ask::<HelloReply>(&self.door, &Request::Hello).await {
                 Ok(hello) => {
                     check_version(&hello)?;
                     return Ok(hello.phase);
@@ -158,7 +160,7 @@ impl Session {
         let mut last = String::new();
         for _ in 0..JOINS {
             let request = Request::Join(Box::new(self.join_request()?));
-            let asked = ask::<JoinReply>(&self.vsock, &request);
+            let asked = ask::<JoinReply>(&self.door, &request);
             match tokio::time::timeout(self.join_timeout, asked).await {
                 Ok(Ok(reply)) => {
                     self.joined(reply);
@@ -180,7 +182,7 @@ impl Session {
         if !unfilled.unwrap_or(false) {
             return;
         }
-        match ask::<GrowDiskReply>(&self.vsock, &Request::GrowDisk).await {
+        match ask::<GrowDiskReply>(&self.door, &Request::GrowDisk).await {
             Ok(reply) => tracing::info!(slice = self.join.slice, ?reply, "disk grown"),
             Err(error) => {
                 let reason = format!("disk_quota: the file system did not grow: {error}");
@@ -193,7 +195,7 @@ impl Session {
     async fn rejoin(&self) -> Result<(), Failure> {
         self.join().await?;
         if self.join.initscript.is_some()
-            && let Ok(status) = ask::<StatusReply>(&self.vsock, &Request::Status).await
+            && let Ok(status) = ask::<StatusReply>(&self.door, &Request::Status).await
         {
             self.reports
                 .tell(Report::Initscript(initscript(&status.initscript)));
@@ -311,7 +313,14 @@ impl Session {
             Ok(Event::InitscriptDone { initscript: state }) => {
                 self.reports.tell(Report::Initscript(initscript(&state)));
             }
-            Ok(Event::Stopping { mode }) => tracing::info!(slice = self.join.slice, ?mode, "shuts down"),
+            Ok(Event::Stopping { mode }) => {
+                tracing::info!(slice = self.join.slice, ?mode, "shuts down");
+                if self.notes_end
+                    && let Err(error) = monitor::note_end(&self.state, mode)
+                {
+                    tracing::warn!(slice = self.join.slice, %error, "its end is not written down");
+                }
+            }
             Ok(Event::Up(_) | Event::Unknown) => {}
             Err(error) => tracing::warn!(slice = self.join.slice, %error, "event of a guest"),
         }

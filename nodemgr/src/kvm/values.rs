@@ -2,14 +2,13 @@
 
 use mandoline_rspec::{CPU_SHARES, Rspec};
 
-use super::KvmConfig;
 use crate::cgroup::{Limits, processors};
 use crate::vm_type::Failure;
 
-/// Limits of a sliver's cgroup.
-pub(super) fn limits(config: &KvmConfig, rspec: &Rspec) -> Result<Limits, Failure> {
+/// Limits of a sliver's cgroup, whose monitor may use `overhead_mib` and `threads` beside the guest's.
+pub(super) fn limits(overhead_mib: u64, threads: u32, rspec: &Rspec) -> Result<Limits, Failure> {
     let vcpus = rspec.number("vcpus").unwrap_or(1) as u32;
-    Limits::of(rspec, config.overhead_mib << 20, 32 + vcpus)
+    Limits::of(rspec, overhead_mib << 20, threads + vcpus)
 }
 
 /// What of a guarantee the sliver's virtual CPUs cannot use.

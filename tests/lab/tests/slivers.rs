@@ -165,3 +165,141 @@ fn memory_and_disk_change_while_a_sliver_runs() -> Tested {
     node.power_off()?;
     Ok(())
 }
+
+#[test]
+#[ignore = "lab"]
+fn qemu_runs_the_same_sliver() -> Tested {
+    let mut lab = Lab::new()?;
+    let mut spec = NodeSpec::named("qemu");
+    spec.peer = Some(mandoline_lab::images::peer()?);
+    let node = start(&mut lab, spec)?;
+    let nm = Manager(&node);
+    node.shell(
+        "modprobe vhost_vsock && printf '[qemu]\\nprogram = \"/opt/peer/qemu-system-x86_64\"\\n' >> /etc/mandoline/nodemgr.toml
+         sv restart mandoline-nodemgr",
+    )?;
+    nm.wait_until_it_answers()?;
+    let said = node.shell("curl -s --unix-socket /run/mandoline/owner.sock http://nm/v1/node")?;
+    let said: serde_json::Value = serde_json::from_str(&said)?;
+    let types = said["vm_types"].as_array().cloned().unwrap_or_default();
+    let qemu = types
+        .iter()
+        .find(|t| t["name"] == "qemu-microvm")
+        .cloned()
+        .unwrap_or_default();
+    assert_eq!(qemu["available"], true, "{qemu}");
+
+    // The boot script says its start and how much disk there is; then it does what a file on the disk says.
+    let script = "#!/bin/sh\nn=$(cat /var/starts 2>/dev/null || echo 0); n=$((n + 1)); echo $n > /var/starts; sync\n\
+        echo \"start $n with $(df --output=size -B1M / | tail -n1) MiB\" > /dev/ttyS0\n\
+        [ $n = 1 ] && reboot\n";
+    let rspec = json!({"vm_type": "qemu-microvm", "mem_limit": "128 MiB", "disk_quota": "200 MB", "cpu_guarantee": 100,
+        "initscript": script});
+    let made = nm.sliver("plc.x_qemu", &rspec)?;
+    let vm_id = made.vm_id;
+    let console = format!("/var/log/mandoline/slivers/{vm_id}/console");
+    // A reboot from inside is told from a shutdown, and starts it again.
+    nm.wait_file(&console, |text| text.contains("start 2"))?;
+    nm.wait_state(vm_id, "reachable")?;
+    // Its own user, its own cgroup, the same limits.
+    let pid = nm.read(&format!("{SLIVERS}/{vm_id}/cgroup.procs"))?;
+    let status = nm.read(&format!("/proc/{pid}/status"))?;
+    assert!(
+        status.lines().any(|line| line.starts_with("Uid:\t1000")),
+        "{status}"
+    );
+    assert!(status.lines().any(|line| line == "Seccomp:\t2"), "{status}");
+    assert_eq!(
+        nm.read(&format!("{SLIVERS}/{vm_id}/memory.max"))?,
+        ((128 + 128) << 20).to_string()
+    );
+
+    // Adopted by the next node manager, resized by it.
+    node.shell("kill -9 $(pidof mandoline-nodemgr)")?;
+    nm.wait_until_it_answers()?;
+    nm.wait_state(vm_id, "reachable")?;
+    assert_eq!(nm.read(&format!("{SLIVERS}/{vm_id}/cgroup.procs"))?, pid);
+    let more = nm.root_pool("plc.x_qemu", &json!({"disk_quota": "300 MB"}))?;
+    nm.call("bind", &json!({"rcap": more, "slice_name": "plc.x_qemu"}))?;
+    let length = (500_000_000u64 / 4096 * 4096).to_string();
+    let disk = format!("/var/lib/mandoline/disks/{vm_id}.img");
+    for _ in 0..100 {
+        if node.shell(&format!("stat -c %s {disk}"))?.trim() == length {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    assert_eq!(node.shell(&format!("stat -c %s {disk}"))?.trim(), length);
+
+    // Asked to stop, it shuts itself down; then nothing of it is left but its disk.
+    nm.call("stop", &json!({"rcap": made.rcap}))?;
+    nm.wait_state(vm_id, "stopped")?;
+    assert_eq!(nm.read(&format!("{SLIVERS}/{vm_id}/cgroup.procs"))?, "");
+    nm.call("destroy", &json!({"rcap": made.rcap}))?;
+    nm.wait_state(vm_id, "gone")?;
+    assert_eq!(
+        node.shell(&format!("ls {disk} 2>/dev/null || echo gone"))?,
+        "gone\n"
+    );
+    node.power_off()?;
+    Ok(())
+}
+
+#[test]
+#[ignore = "lab"]
+fn a_service_of_the_host_runs_with_what_is_bound_to_it() -> Tested {
+    let mut lab = Lab::new()?;
+    let node = start(&mut lab, NodeSpec::named("service"))?;
+    let nm = Manager(&node);
+    // As the node's configuration shows it; the test's own word is that there is an owner who wants it so.
+    node.shell("sed -i '/^# \\[services.pl_conf\\]/,$ s/^# //' /etc/mandoline/nodemgr.toml && sv restart mandoline-nodemgr")?;
+    nm.wait_until_it_answers()?;
+    // 5 % of the node, as the paper's owner gives it.
+    let rcap = nm.root_pool(
+        "pl_conf",
+        &json!({"vm_type": "host-service", "cpu_guarantee": 50, "mem_limit": "128 MiB"}),
+    )?;
+    let answer = nm.call("bind", &json!({"rcap": rcap, "slice_name": "pl_conf"}))?;
+    let vm_id = answer["vm_id"].as_u64().ok_or("bind gave no vm_id")?;
+    nm.wait_state(vm_id, "reachable")?;
+    let procs = format!("{SLIVERS}/{vm_id}/cgroup.procs");
+    let first = nm.wait_file(&procs, |procs| !procs.is_empty())?;
+    let status = nm.read(&format!("/proc/{first}/status"))?;
+    assert!(
+        status.contains("Name:\tmandoline-scs") && status.contains("Uid:\t700\t700\t700\t700"),
+        "{status}"
+    );
+    assert!(
+        status.contains("NoNewPrivs:\t1") && status.contains("Groups:\t \n"),
+        "{status}"
+    );
+    assert_eq!(
+        nm.read(&format!("{SLIVERS}/{vm_id}/memory.max"))?,
+        (128u64 << 20).to_string()
+    );
+    assert_eq!(nm.read(&format!("{SLIVERS}/{vm_id}/cpu.weight"))?, "9000");
+
+    // It outlives the node manager, and what dies is started again.
+    node.shell("kill -9 $(pidof mandoline-nodemgr)")?;
+    nm.wait_until_it_answers()?;
+    nm.wait_state(vm_id, "reachable")?;
+    assert_eq!(nm.read(&procs)?, first);
+    node.shell(&format!("kill -9 {first}"))?;
+    nm.wait_file(&procs, |procs| !procs.is_empty() && procs != first)?;
+
+    // What is no service of the node is refused with those that are.
+    let stranger = nm.sliver("plc.x_stranger", &json!({"vm_type": "host-service"}))?;
+    let told = nm.wait_state(stranger.vm_id, "failed")?;
+    assert!(
+        told["class"] == "fatal"
+            && told["reason"]
+                .as_str()
+                .is_some_and(|r| r.ends_with("are: pl_conf")),
+        "{told}"
+    );
+    nm.call("destroy", &json!({"rcap": rcap}))?;
+    nm.wait_state(vm_id, "gone")?;
+    assert_eq!(node.shell("pidof mandoline-scs || echo none")?, "none\n");
+    node.power_off()?;
+    Ok(())
+}
