@@ -124,6 +124,19 @@ pub struct DesiredSlivers {
     pub time: i64,
     /// The slivers, by slice name.
     pub slivers: Vec<DesiredSliver>,
+    /// The authority's nodes, by name: what a node's sensor `nodes` tells.
+    #[serde(default)]
+    pub nodes: Vec<KnownNode>,
+}
+
+/// One node of the authority.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct KnownNode {
+    /// Its name.
+    pub hostname: String,
+    /// The host part of its ssh endpoint: an address, or a name that has one; absent until it has registered.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<String>,
 }
 
 /// One sliver that a node should have.

@@ -1,6 +1,6 @@
 //! What each node should run.
 
-use mandoline_api::authority::{DesiredSliver, DesiredSlivers};
+use mandoline_api::authority::{DesiredSliver, DesiredSlivers, KnownNode};
 use sha2::{Digest, Sha256};
 use sqlx::Row;
 
@@ -101,12 +101,31 @@ pub async fn of_node(conn: &mut Conn, node_id: i64) -> Result<DesiredSlivers> {
             enabled: slice.enabled,
         });
     }
-    let text = serde_json::to_vec(&slivers).map_err(Error::internal)?;
+    let nodes = known_nodes(conn).await?;
+    let text = serde_json::to_vec(&(&slivers, &nodes)).map_err(Error::internal)?;
     Ok(DesiredSlivers {
         revision: hex::encode(&Sha256::digest(&text)[..16]),
         time: now(),
         slivers,
+        nodes,
     })
+}
+
+/// All nodes of this authority.
+async fn known_nodes(conn: &mut Conn) -> Result<Vec<KnownNode>> {
+    let rows = sqlx::query(
+        "SELECT hostname, ssh_host FROM nodes WHERE deleted = 0 AND peer_id IS NULL ORDER BY hostname",
+    )
+    .fetch_all(conn)
+    .await?;
+    rows.iter()
+        .map(|row| {
+            Ok(KnownNode {
+                hostname: row.try_get(0)?,
+                address: row.try_get(1)?,
+            })
+        })
+        .collect()
 }
 
 /// The nodes on which a person's keys matter.

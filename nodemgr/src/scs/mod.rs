@@ -36,12 +36,15 @@ mod plan_tests;
 mod tests;
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use mandoline_api::authority::{NODE_EVENT_SLIVERS, NodeRegistration, RspecObject, SshEndpoint, VmType};
+use mandoline_api::authority::{
+    KnownNode, NODE_EVENT_SLIVERS, NodeRegistration, RspecObject, SshEndpoint, VmType,
+};
 use mandoline_api::authority_client::{AuthorityClient, Caller, ClientError, ErrorClass};
 use mandoline_api::nodemgr::{ClientError as NmError, FailureClass, NodeInfo, NodeManager};
 use tokio::sync::{Notify, mpsc};
@@ -58,6 +61,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(50);
 
 /// Failures that wait to be reported; a node has far fewer slivers than that.
 const FAILURES: usize = 4096;
+/// How long a node's name may take to become an address.
+const RESOLVE: Duration = Duration::from_secs(2);
 
 /// Why the service cannot begin.
 #[derive(Debug, thiserror::Error)]
@@ -94,6 +99,8 @@ pub struct Service {
     authority: AuthorityClient,
     /// What has been reported as failed, so that it is not said at every poll.
     failed: HashMap<String, Failure>,
+    /// The nodes that were published last.
+    nodes: Vec<KnownNode>,
 }
 
 impl Service {
@@ -118,6 +125,7 @@ impl Service {
             registrar,
             authority,
             failed: HashMap::new(),
+            nodes: Vec::new(),
         })
     }
 
@@ -295,6 +303,8 @@ impl Service {
             }
         }
         self.report(found, failures).await;
+        // Last: names may take a while to become addresses, and slivers do not wait for that.
+        self.publish_nodes(&desired.nodes).await;
         tracing::debug!(
             revision = desired.revision,
             actions = plan.actions.len(),
@@ -304,6 +314,24 @@ impl Service {
             retry,
             next_expiry: plan.next_expiry,
         })
+    }
+
+    /// Tells the node's sensor `nodes` which nodes there are. It keeps the list when the authority is away.
+    async fn publish_nodes(&mut self, nodes: &[KnownNode]) {
+        if self.nodes == nodes {
+            return;
+        }
+        let mut asked = JoinSet::new();
+        for node in nodes.iter().cloned() {
+            asked.spawn(async move { format!("{},{}\n", address_of(&node).await, node.hostname) });
+        }
+        let mut lines = asked.join_all().await;
+        lines.sort();
+        let table = format!("ip,name\n{}", lines.concat());
+        match self.nm.publish("nodes", &table).await {
+            Ok(()) => self.nodes = nodes.to_vec(),
+            Err(error) => tracing::warn!(%error, "the sensor `nodes` is not up to date"),
+        }
     }
 
     /// Reports failures that are new, or that have become others.
@@ -370,6 +398,17 @@ async fn watch(authority: AuthorityClient, changed: Arc<Notify>, unknown: Arc<No
         }
         pause.wait().await;
     }
+}
+
+/// A node's IP address; nothing, where nobody knows it.
+async fn address_of(node: &KnownNode) -> String {
+    let name = node.address.as_deref().unwrap_or(&node.hostname);
+    if let Ok(address) = name.parse::<IpAddr>() {
+        return address.to_string();
+    }
+    let found = tokio::time::timeout(RESOLVE, tokio::net::lookup_host((name, 0))).await;
+    let first = found.ok().and_then(|found| found.ok()?.next());
+    first.map_or_else(String::new, |found| found.ip().to_string())
 }
 
 fn now() -> i64 {

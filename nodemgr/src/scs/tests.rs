@@ -5,7 +5,7 @@ mod fakes;
 
 use std::time::Duration;
 
-use mandoline_api::authority::{DesiredSliver, Instantiation, SliverState};
+use mandoline_api::authority::{DesiredSliver, Instantiation, KnownNode, SliverState};
 use serde_json::json;
 
 use self::fakes::{AuthorityState, Fakes, NmState};
@@ -98,6 +98,26 @@ async fn a_sliver_is_made_at_once_and_its_states_come_back() {
     );
     let seqs: Vec<_> = authority.reports.iter().map(|report| report.seq).collect();
     assert!(seqs.is_sorted(), "{seqs:?}");
+}
+
+#[tokio::test]
+async fn the_nodes_of_the_authority_become_a_sensor() {
+    let fakes = Fakes::start().await;
+    let node = |hostname: &str, address: Option<&str>| KnownNode {
+        hostname: hostname.to_owned(),
+        address: address.map(str::to_owned),
+    };
+    // An address stays what it is; what has none, and no name that anybody knows, is listed all the same.
+    fakes.authority.lock().unwrap().nodes = vec![
+        node("n2.example.invalid", None),
+        node("n1.example.org", Some("192.0.2.1")),
+    ];
+    fakes.want([want("a_1")]);
+    until(&fakes, "the nodes are published", |_, nm| {
+        nm.sensors.get("nodes").map(String::as_str)
+            == Some("ip,name\n,n2.example.invalid\n192.0.2.1,n1.example.org\n")
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -19,8 +19,8 @@ use ed25519_dalek::{Signature, VerifyingKey};
 use futures_util::StreamExt;
 use hmac::{Hmac, KeyInit, Mac};
 use mandoline_api::authority::{
-    DesiredSliver, DesiredSlivers, NodeAuthAlgorithm, NodeAuthorization, NodeRegistered, NodeRegistration,
-    NodeStatus, SliverReport, signing_string,
+    DesiredSliver, DesiredSlivers, KnownNode, NodeAuthAlgorithm, NodeAuthorization, NodeRegistered,
+    NodeRegistration, NodeStatus, SliverReport, signing_string,
 };
 use mandoline_api::nodemgr::{SliverEvent, SliverInfo, SliverState};
 use mandoline_rspec::Rspec;
@@ -39,6 +39,7 @@ const NODE_KEY: &str = "c2VjcmV0";
 pub(super) struct AuthorityState {
     pub(super) registered: Option<NodeRegistration>,
     pub(super) desired: Vec<DesiredSliver>,
+    pub(super) nodes: Vec<KnownNode>,
     pub(super) reports: Vec<SliverReport>,
     pub(super) listeners: usize,
     pub(super) asked: usize,
@@ -55,6 +56,8 @@ pub(super) struct AuthorityState {
 pub(super) struct NmState {
     pub(super) slivers: Vec<SliverInfo>,
     pub(super) pools_made: u8,
+    /// Sensors that were published, by name.
+    pub(super) sensors: std::collections::BTreeMap<String, String>,
     pub(super) destroyed: usize,
     /// Operations whose next answer is lost after the work is done.
     pub(super) lose_answers: Vec<&'static str>,
@@ -309,6 +312,7 @@ async fn desired(State(shared): State<Shared>) -> Response {
                 revision: authority.asked.to_string(),
                 time: 0,
                 slivers: authority.desired.clone(),
+                nodes: authority.nodes.clone(),
             })
             .into_response(),
         }

@@ -8,7 +8,7 @@ use axum::extract::{Path, Query, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{get, post, put};
 use futures_util::{Stream, StreamExt, stream};
 use mandoline_api::nodemgr::{
     Bind, BindAnswer, Done, ErrorAnswer, ErrorBody, ErrorKind, IDEMPOTENCY_KEY, Initscript, ListAnswer,
@@ -24,6 +24,7 @@ pub(super) fn routes(shared: Shared) -> Router {
     Router::new()
         .route("/v1/node", get(node))
         .route("/v1/events", get(events))
+        .route("/v1/sensors/{name}", put(publish))
         .route("/v1/{operation}", post(operation))
         .with_state(shared)
 }
@@ -74,6 +75,12 @@ async fn events(
         .chain(live.filter_map(|event| std::future::ready(event.ok())))
         .map(|event| Event::default().json_data(event));
     Sse::new(events).keep_alive(KeepAlive::default())
+}
+
+async fn publish(State(shared): State<Shared>, Path(name): Path<String>, table: String) -> Response {
+    shared.nm.lock().unwrap().sensors.insert(name, table);
+    shared.changed.notify_waiters();
+    axum::Json(Done {}).into_response()
 }
 
 async fn operation(
