@@ -91,8 +91,12 @@ pub(super) struct Lab {
     pub(super) uplink_mac: Mac,
 }
 
+/// The usual one; a table of flows that does not depend on this machine's memory.
 pub(super) fn config() -> NetworkConfig {
-    NetworkConfig::default()
+    NetworkConfig {
+        flows: Some(1 << 20),
+        ..NetworkConfig::default()
+    }
 }
 
 impl Lab {
