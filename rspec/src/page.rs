@@ -13,7 +13,9 @@ const HEAD: &str = "\
 An rspec is a set of (attribute, value) pairs that says what a pool or a sliver may use. In JSON it is an
 object: `{\"vm_type\": \"kvm-microvm\", \"mem_limit\": \"256 MiB\", \"ports\": [\"tcp/80\"]}`. Memory and disk take
 IEC and SI units, rates take SI units; a number alone is in the unit of the table. Names that start with
-`x-` are kept and ignored. A value that is not allowed is refused with the attribute, the value, and what
+`x-` are kept and ignored. In XML the same is
+`<rspec><attribute name=\"mem_limit\">256 MiB</attribute><attribute name=\"ports\"><item>tcp/80</item></attribute></rspec>`.
+A value that is not allowed is refused with the attribute, the value, and what
 would have been allowed.
 
 ";
