@@ -1,7 +1,9 @@
 //! Mandoline's benchmarks: how fast, how dense, how isolated, measured beside a peer in the same run.
 
 mod boot;
+mod calls;
 mod io;
+mod isolation;
 mod monitor;
 mod nodemgr;
 mod plot;
@@ -27,6 +29,8 @@ struct Cli {
 enum Benchmark {
     /// Start → first user instruction → reachable, by phase: our monitor beside QEMU's microvm machine.
     Boot(boot::BootArgs),
+    /// Whether limits hold: busy slivers by share, a guarantee among many, a cap, and floods by base rate.
+    Isolation(isolation::IsolationArgs),
     /// Devices at work: random reads, TCP and small packets, with and without vhost, beside QEMU's microvm machine.
     Io(io::IoArgs),
     /// What a monitor costs: CPU to the first guest instruction, private memory, an idle and a parked sliver.
@@ -44,6 +48,7 @@ enum Benchmark {
 #[derive(Debug, Subcommand)]
 enum InNode {
     Boot(boot::node::NodeArgs),
+    Isolation(isolation::node::NodeArgs),
     Io(io::node::NodeArgs),
     Monitor(monitor::node::NodeArgs),
     Nodemgr(nodemgr::node::NodeArgs),
@@ -54,6 +59,8 @@ fn main() -> anyhow::Result<()> {
     match cli.benchmark {
         Benchmark::Boot(args) => boot::run(&args, &cli.out),
         Benchmark::Io(args) => io::run(&args, &cli.out),
+        Benchmark::Isolation(args) => isolation::run(&args, &cli.out),
+        Benchmark::InNode(InNode::Isolation(args)) => isolation::node::run(&args),
         Benchmark::InNode(InNode::Io(args)) => io::node::run(&args),
         Benchmark::InGuest(work) => io::guest::run(&work),
         Benchmark::Monitor(args) => monitor::run(&args, &cli.out),

@@ -1,7 +1,5 @@
 //! The part of the node manager's benchmark that runs inside the lab node, as its owner and as `pl_conf`.
 
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -9,6 +7,7 @@ use mandoline_api::nodemgr::{OWNER_SOCKET, SERVICE_SOCKET};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use crate::calls::{call, wait_for_node_manager};
 use crate::proc;
 
 /// What to measure.
@@ -39,17 +38,8 @@ pub(crate) const REST_CPU: &str = "CPU in 30 s at rest";
 
 /// So far off that nothing starts.
 const LATER: &str = "2100-01-01T00:00:00Z";
-/// Time in which it answers after its node has booted.
-const PATIENCE: Duration = Duration::from_secs(60);
-
 pub(crate) fn run(args: &NodeArgs) -> Result<()> {
-    let began = Instant::now();
-    while call(OWNER_SOCKET, "list", &json!({})).is_err() {
-        if began.elapsed() > PATIENCE {
-            bail!("the node manager does not answer");
-        }
-        std::thread::sleep(Duration::from_millis(100));
-    }
+    wait_for_node_manager()?;
     let pid = nodemgr()?;
     let pool = json!({"rspec": {"cpu_guarantee": 800, "base_rate": "50 Mbit/s"}, "slice_name": "pl_conf"});
     call(OWNER_SOCKET, "create_root_pool", &pool)?;
@@ -163,25 +153,4 @@ fn nodemgr() -> Result<u32> {
         }
     }
     bail!("no mandoline-nodemgr runs")
-}
-
-/// `POST /v1/<operation>`.
-fn call(socket: &str, operation: &str, body: &Value) -> Result<Value> {
-    let mut stream = UnixStream::connect(socket).with_context(|| socket.to_owned())?;
-    let body = body.to_string();
-    write!(
-        stream,
-        "POST /v1/{operation} HTTP/1.1\r\nHost: nm\r\nConnection: close\r\nContent-Type: application/json\r\n\
-         Content-Length: {}\r\n\r\n{body}",
-        body.len()
-    )?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    let (head, content) = answer
-        .split_once("\r\n\r\n")
-        .with_context(|| format!("{operation}: {answer}"))?;
-    if !head.starts_with("HTTP/1.1 200") {
-        bail!("{operation} {body}: {content}");
-    }
-    serde_json::from_str(content).with_context(|| format!("{operation}: {content}"))
 }
