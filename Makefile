@@ -25,8 +25,9 @@ test: setup check deny unit fuzz-short images test-images build image-tests lab-
 bench: setup images build ## Benchmarks in a lab node: make bench BENCH=boot
 	@$(STEP) "benchmark $(BENCH)" scripts/with-images target/release/mandoline-perf $(BENCH)
 
-soak: setup images build ## The long tests: what an idle sliver writes in five minutes
+soak: setup images build ## The long tests: what an idle sliver writes in five minutes, 300 deaths of monitors and node manager
 	@$(STEP) "soak tests" scripts/with-images python3 tests/e2e/soak_idle_disk.py
+	@$(STEP) "deaths" env MANDOLINE_ROUNDS=300 scripts/with-images cargo test --release -p mandoline-lab --test durability -- --ignored --exact death_at_any_point_leaks_nothing
 
 fuzz: ## Fuzz one target of the monitor: make fuzz TARGET=blk SECONDS=600
 	@scripts/fuzz $(TARGET) $(SECONDS)

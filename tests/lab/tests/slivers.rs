@@ -251,8 +251,11 @@ fn a_service_of_the_host_runs_with_what_is_bound_to_it() -> Tested {
     let mut lab = Lab::new()?;
     let node = start(&mut lab, NodeSpec::named("service"))?;
     let nm = Manager(&node);
-    // As the node's configuration shows it; the test's own word is that there is an owner who wants it so.
-    node.shell("sed -i '/^# \\[services.pl_conf\\]/,$ s/^# //' /etc/mandoline/nodemgr.toml && sv restart mandoline-nodemgr")?;
+    // A service that root prepares, and that then does nothing for long.
+    node.shell(
+        "printf '[services.pl_conf]\\nuser = \"pl_conf\"\\ncommand = [\"/bin/sleep\", \"100000\"]\\nprepare = [\"/bin/touch\", \"/run/prepared\"]\\n' \
+            >> /etc/mandoline/nodemgr.toml && sv restart mandoline-nodemgr",
+    )?;
     nm.wait_until_it_answers()?;
     // 5 % of the node, as the paper's owner gives it.
     let rcap = nm.root_pool(
@@ -266,7 +269,7 @@ fn a_service_of_the_host_runs_with_what_is_bound_to_it() -> Tested {
     let first = nm.wait_file(&procs, |procs| !procs.is_empty())?;
     let status = nm.read(&format!("/proc/{first}/status"))?;
     assert!(
-        status.contains("Name:\tmandoline-scs") && status.contains("Uid:\t700\t700\t700\t700"),
+        status.contains("Name:\tsleep") && status.contains("Uid:\t700\t700\t700\t700"),
         "{status}"
     );
     assert!(
@@ -299,7 +302,10 @@ fn a_service_of_the_host_runs_with_what_is_bound_to_it() -> Tested {
     );
     nm.call("destroy", &json!({"rcap": rcap}))?;
     nm.wait_state(vm_id, "gone")?;
-    assert_eq!(node.shell("pidof mandoline-scs || echo none")?, "none\n");
+    assert_eq!(
+        node.shell("ls /run/prepared; pidof sleep || echo none")?,
+        "/run/prepared\nnone\n"
+    );
     node.power_off()?;
     Ok(())
 }
