@@ -17,6 +17,7 @@ pub struct Usage {
 
 /// The node as a whole. What could not be found out is 0.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct NodeUse {
     /// CPUs.
     pub cpus: u64,
@@ -34,8 +35,10 @@ pub struct NodeUse {
     pub disk_free: u64,
 }
 
-/// One sliver. What its backend or the network cannot tell, since it does not run, is 0.
+/// One sliver. What its backend or the network cannot tell, since it does not run, is 0; so is what an older node
+/// manager does not know.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct SliverUse {
     /// The VM.
     pub vm_id: VmId,
