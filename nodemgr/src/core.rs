@@ -464,6 +464,15 @@ impl Core {
         slivers.iter().map(|sliver| self.spec(sliver)).collect()
     }
 
+    /// What the pools of all slivers name of a reservation, together. Defaults reserve nothing.
+    pub fn bound_in_all(&self, attribute: &str) -> u64 {
+        let inner = self.lock();
+        let bound = inner.state.pools.values().filter(|pool| pool.bound.is_some());
+        bound.fold(0, |sum: u64, pool| {
+            sum.saturating_add(pool.granted.number(attribute).unwrap_or(0))
+        })
+    }
+
     /// Who may see a sliver's events.
     pub fn audience(&self, sliver: &Sliver) -> [mandoline_rspec::SliceId; 2] {
         let inner = self.lock();

@@ -266,9 +266,7 @@ pub async fn hold(
     already: BTreeSet<VmId>,
 ) -> BTreeSet<VmId> {
     let bound = bounds.disk_free_mib << 20;
-    let reserves = core.specs().iter().fold(0u64, |sum, spec| {
-        sum.saturating_add(spec.rspec.number("disk_reserve").unwrap_or(0))
-    });
+    let reserves = core.bound_in_all("disk_reserve");
     // Nobody can have to wait: no sliver need be looked at.
     let plenty = free >= bound.saturating_add(reserves).saturating_add(bound / 4);
     let now = match plenty {

@@ -3,13 +3,17 @@
 //! A node has one of them. The table's own defaults are `mandoline`; the others are the policies of the
 //! papers and of the node manager that PlanetLab shipped, so that an experiment can be repeated under them.
 
+use std::collections::BTreeMap;
+use std::sync::LazyLock;
+
 use serde_json::Value as Json;
 
-use crate::attributes::{Attribute, attribute};
+use crate::attributes::{ATTRIBUTES, Attribute, attribute};
 use crate::{RspecError, Value};
 
-/// A named set of defaults.
+/// A named set of defaults: one of [`PROFILES`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Profile {
     /// Its name.
     pub name: &'static str,
@@ -97,6 +101,18 @@ impl Profile {
         Value::parse(attribute, &json).ok()
     }
 
+    /// The defaults of all attributes, in the table's order; parsed once.
+    pub(crate) fn values(&self) -> &'static [Option<Value>] {
+        static VALUES: LazyLock<BTreeMap<&str, Vec<Option<Value>>>> = LazyLock::new(|| {
+            let values = |profile: &Profile| ATTRIBUTES.iter().map(|a| profile.value(a)).collect();
+            PROFILES
+                .iter()
+                .map(|profile| (profile.name, values(profile)))
+                .collect()
+        });
+        VALUES.get(self.name).map_or(&[], Vec::as_slice)
+    }
+
     /// Every default that differs from the table's, for people.
     pub fn differences(&self) -> impl Iterator<Item = (&'static Attribute, &'static str)> {
         self.defaults
@@ -110,7 +126,6 @@ impl Profile {
 mod tests {
     use super::*;
     use crate::Rspec;
-    use crate::attributes::ATTRIBUTES;
 
     #[test]
     fn every_default_is_a_value_of_the_table() {
@@ -125,6 +140,7 @@ mod tests {
                     profile.value(attribute).is_some()
                 );
             }
+            assert_eq!(profile.values().len(), ATTRIBUTES.len(), "{}", profile.name);
         }
         let error = Profile::named("plc").unwrap_err();
         assert_eq!(error.attribute(), Some("default_profile"));

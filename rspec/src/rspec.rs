@@ -157,22 +157,22 @@ impl Rspec {
     /// With a profile's defaults for every limit, weight, reservation and switch that is not named, none of
     /// them above `bounds` (a pool that allows only 128 MiB makes slivers of 128 MiB, not none).
     pub fn with_profile(mut self, profile: &Profile, bounds: &Rspec) -> Self {
-        for attribute in ATTRIBUTES {
+        for (attribute, value) in ATTRIBUTES.iter().zip(profile.values()) {
             if self.values.contains_key(attribute.name) {
                 continue;
             }
-            let Some(value) = profile.value(attribute) else {
+            let Some(value) = value else {
                 // No default: the pool's bound, where it has one.
                 if let (Kind::Limit, Some(bound)) = (attribute.kind, bounds.get(attribute.name)) {
                     self.put(attribute.name, bound.clone());
                 }
                 continue;
             };
-            let value = match (attribute.kind, &value, bounds.number(attribute.name)) {
+            let value = match (attribute.kind, value, bounds.number(attribute.name)) {
                 (Kind::Limit | Kind::Weight, Value::Number(number), Some(bound)) => {
                     Value::Number(bound.min(*number))
                 }
-                _ => value,
+                _ => value.clone(),
             };
             self.put(attribute.name, value);
         }
