@@ -1,7 +1,8 @@
 //! How people and slivers talk to a node's manager: XML-RPC, sensors and metrics on the node and from inside a
-//! sliver, a service of the node over vsock, and its console by `mandoline node`.
+//! sliver, a service of the node over vsock, and `mandoline node`.
 
 use mandoline_lab::{Lab, Node, NodeSpec};
+use serde_json::{Value, json};
 
 type Tested = Result<(), Box<dyn std::error::Error>>;
 
@@ -79,6 +80,10 @@ fn xml_rpc(node: &Node, method: &str, arguments: &[&str]) -> Result<String, Box<
 
 fn first_string(answer: &str) -> Option<&str> {
     answer.split("<string>").nth(1)?.split("</string>").next()
+}
+
+fn command(node: &Node, arguments: &str) -> Result<String, Box<dyn std::error::Error>> {
+    Ok(node.shell(&format!("{BIN}/mandoline {arguments}"))?)
 }
 
 #[test]
@@ -182,6 +187,64 @@ fn people_and_slivers_talk_to_the_node_manager() -> Tested {
         assert!(metrics.lines().any(|said| said == line), "{line}: {metrics}");
     }
 
+    operators_view(&node)?;
     node.power_off()?;
+    Ok(())
+}
+
+/// `mandoline node` and `mandoline doctor`, for people and for programs.
+fn operators_view(node: &Node) -> Tested {
+    let parsed = |arguments: &str| -> Result<Value, Box<dyn std::error::Error>> {
+        Ok(serde_json::from_str(&command(node, arguments)?)?)
+    };
+    let status = command(node, "node status")?;
+    assert!(
+        status.contains("kvm-microvm: available") && status.contains("1 reachable"),
+        "{status}"
+    );
+    let pools = command(node, "node pools")?;
+    assert!(
+        pools.contains("pool 2 of plc.princeton_iface: cpu_guarantee = 123"),
+        "{pools}"
+    );
+    assert!(
+        pools.contains("sliver 1 of plc.princeton_iface (kvm-microvm, reachable)"),
+        "{pools}"
+    );
+    let slivers = parsed("node slivers --json")?;
+    assert_eq!(slivers[0]["mem_limit"], json!(192 << 20));
+    // The kernel's own numbers: a sliver that has booted has used CPU, and its disk has blocks.
+    assert!(slivers[0]["cpu_us"].as_u64() > Some(10_000), "{slivers}");
+    assert!(
+        slivers[0]["memory"].as_u64() > Some(16 << 20) && slivers[0]["disk"].as_u64() > Some(0),
+        "{slivers}"
+    );
+    let top = parsed("node top --count 1 --json")?;
+    assert!(top["rates"]["1"]["cpu_percent"].is_number(), "{top}");
+    assert!(
+        command(node, "node logs 1")?.lines().count() > 0,
+        "the monitor has logged nothing"
+    );
+
+    let missing = node.exec(&[&format!("{BIN}/mandoline"), "node", "console", "princeton_nobody"])?;
+    let said = String::from_utf8_lossy(&missing.stderr).into_owned();
+    assert_eq!(missing.status, 3, "{said}");
+    assert!(said.contains("it has: princeton_iface"), "{said}");
+    let elsewhere = node.exec(&[
+        &format!("{BIN}/mandoline"),
+        "node",
+        "status",
+        "--socket",
+        "/run/none.sock",
+    ])?;
+    let said = String::from_utf8_lossy(&elsewhere.stderr).into_owned();
+    assert_eq!(elsewhere.status, 5, "{said}");
+    assert!(said.contains("is this machine a node?"), "{said}");
+
+    let doctor = command(node, "doctor")?;
+    assert!(
+        doctor.contains("This machine can be a node") && doctor.contains("/dev/kvm"),
+        "{doctor}"
+    );
     Ok(())
 }
