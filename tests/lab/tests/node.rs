@@ -99,7 +99,7 @@ fn limits_by_hand(node: &Node) -> Tested {
         }
         Ok(())
     };
-    let class = || node.shell("tc class show dev mrun-ifb | grep 'htb 1:100 '");
+    let class = || node.shell("tc class show dev mrun-ifb | grep 'htb 1:1000 '");
     kernel(&[
         ("cpu.weight", "100"),
         ("cpu.max", "max 100000"),
