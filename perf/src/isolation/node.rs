@@ -1,7 +1,7 @@
 //! The part of the isolation benchmark that runs inside the lab node, as its owner.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use mandoline_api::nodemgr::{OWNER_SOCKET, Usage};
@@ -40,20 +40,20 @@ pub(crate) const GUARANTEED_RATE: &str = "sent, guaranteed";
 pub(crate) const NODE_RATE: &str = "sent by all, in 10 s";
 
 /// Keeps a processor busy.
-const SPIN: &str = "#!/bin/sh\nwhile :; do :; done\n";
+const SPIN: &str = "while :; do :; done";
 /// Sends datagrams as fast as it can to an address outside the node, where nobody listens.
-const FLOOD: &str = "#!/usr/bin/perl
-use Socket;
+const FLOOD: &str = "exec perl -MSocket -e '
 socket(my $s, PF_INET, SOCK_DGRAM, 0) or die;
-my ($to, $data) = (sockaddr_in(9, inet_aton('10.0.2.2')), 'x' x 1400);
-while (1) { send($s, $data, 0, $to) or select(undef, undef, undef, 0.001) }
-";
+my ($to, $data) = (sockaddr_in(9, inet_aton(q(10.0.2.2))), q(x) x 1400);
+while (1) { send($s, $data, 0, $to) or select(undef, undef, undef, 0.001) }'";
 /// The node's rate while three slivers flood, in bit/s: what an emulated node carries with ease.
 const NODE_BPS: f64 = 10_500_000.0;
 /// The base rate of the first of them; the others have twice and four times as much. Together a third of the node's.
 const BASE_BPS: f64 = 500_000.0;
-/// Until a sliver that was just made is busy: its boot script starts behind `reachable`.
+/// Until slivers that were just made are busy.
 const SETTLE: Duration = Duration::from_secs(5);
+/// What a sliver has to boot in while the others are still quiet.
+const BOOT: Duration = Duration::from_secs(4);
 /// A sliver that is not reachable by then does not come.
 const PATIENCE: Duration = Duration::from_secs(300);
 
@@ -71,11 +71,15 @@ pub(crate) fn run(args: &NodeArgs) -> Result<()> {
 struct Slivers(Vec<(u64, Value)>);
 
 impl Slivers {
-    /// One for each rspec, busy when this returns.
-    fn start(what: &str, rspecs: &[Value]) -> Result<Self> {
+    /// One for each rspec, all doing the same, which they begin together once they have booted; they do it when this
+    /// returns.
+    fn start(what: &str, work: &str, rspecs: &[Value]) -> Result<Self> {
         let mut made = Self(Vec::new());
+        let begin = SystemTime::now() + SETTLE + BOOT * u32::try_from(rspecs.len())?;
+        let second = begin.duration_since(UNIX_EPOCH)?.as_secs();
+        let script = format!("#!/bin/sh\nwhile [ $(date +%s) -lt {second} ]; do sleep 0.5; done\n{work}\n");
         for (n, rspec) in rspecs.iter().enumerate() {
-            let mut whole = json!({"vm_type": "kvm-microvm", "mem_limit": "64 MiB", "disk_quota": "64 MiB"});
+            let mut whole = json!({"vm_type": "kvm-microvm", "mem_limit": "64 MiB", "disk_quota": "64 MiB", "initscript": script});
             for (name, value) in rspec.as_object().into_iter().flatten() {
                 whole[name] = value.clone();
             }
@@ -108,7 +112,7 @@ impl Slivers {
             made.0.len(),
             began.elapsed().as_secs()
         );
-        std::thread::sleep(SETTLE);
+        std::thread::sleep(begin.duration_since(SystemTime::now()).unwrap_or_default() + SETTLE);
         Ok(made)
     }
 
@@ -192,8 +196,8 @@ fn window(args: &NodeArgs) -> Duration {
 /// Four busy slivers with shares 10, 10, 10 and 20 (NSDI'04, section 4.2.2: 10 of 50 is 20 %).
 fn shares(args: &NodeArgs) -> Result<Vec<Sample>> {
     const SHARES: [u32; 4] = [10, 10, 10, 20];
-    let rspecs = SHARES.map(|share| json!({"cpu_share": share, "initscript": SPIN}));
-    let slivers = Slivers::start("share", &rspecs)?;
+    let rspecs = SHARES.map(|share| json!({"cpu_share": share}));
+    let slivers = Slivers::start("share", SPIN, &rspecs)?;
     let looks = looks(args, window(args))?;
     let all: u32 = SHARES.iter().sum();
     let of = |id: &u64| {
@@ -220,9 +224,9 @@ fn shares(args: &NodeArgs) -> Result<Vec<Sample>> {
 
 /// One with a guarantee of 500, among many that have none.
 fn guarantee(args: &NodeArgs) -> Result<Vec<Sample>> {
-    let mut rspecs = vec![json!({"cpu_guarantee": 500, "initscript": SPIN})];
-    rspecs.resize(1 + args.spinners as usize, json!({"initscript": SPIN}));
-    let slivers = Slivers::start("guarantee", &rspecs)?;
+    let mut rspecs = vec![json!({"cpu_guarantee": 500})];
+    rspecs.resize(1 + args.spinners as usize, json!({}));
+    let slivers = Slivers::start("guarantee", SPIN, &rspecs)?;
     let id = slivers.ids()[0];
     let part = |used: &Used| 100.0 * used.cpu.get(&id).unwrap_or(&0.0) / (used.seconds * used.cpus);
     let values: Vec<f64> = looks(args, window(args))?.iter().map(part).collect();
@@ -232,9 +236,9 @@ fn guarantee(args: &NodeArgs) -> Result<Vec<Sample>> {
 
 /// One that is capped at 10 of 1000, on a node where nobody else wants anything.
 fn cap(args: &NodeArgs) -> Result<Vec<Sample>> {
-    let rspec = json!({"cpu_guarantee": 10, "cpu_capped": true, "initscript": SPIN});
+    let rspec = json!({"cpu_guarantee": 10, "cpu_capped": true});
     // It boots under its cap too, which takes a while.
-    let slivers = Slivers::start("cap", &[rspec])?;
+    let slivers = Slivers::start("cap", SPIN, &[rspec])?;
     let id = slivers.ids()[0];
     let part = |used: &Used| 100.0 * used.cpu.get(&id).unwrap_or(&0.0) / (used.seconds * used.cpus);
     let values = looks(args, window(args))?.iter().map(part).collect();
@@ -255,8 +259,8 @@ fn floods(args: &NodeArgs) -> Result<Vec<Sample>> {
         "set_node_limit",
         &json!({"rspec": {"burst_rate": NODE_BPS}}),
     )?;
-    let rspecs = WEIGHTS.map(|weight| json!({"base_rate": weight * BASE_BPS, "initscript": FLOOD}));
-    let slivers = Slivers::start("flood", &rspecs)?;
+    let rspecs = WEIGHTS.map(|weight| json!({"base_rate": weight * BASE_BPS}));
+    let slivers = Slivers::start("flood", FLOOD, &rspecs)?;
     let ids = slivers.ids();
     let looks = looks(args, Duration::from_secs(10))?;
     let guaranteed: f64 = WEIGHTS.iter().sum::<f64>() * BASE_BPS;
