@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use mandoline_api::nodemgr::OWNER_SOCKET;
 use serde_json::{Value, json};
 
-/// Time in which the node manager answers after its node has booted.
+/// Time in which the node manager answers, after its node has booted and at each call.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Waits until the node manager answers.
@@ -35,6 +35,7 @@ pub(crate) fn get(socket: &str, what: &str) -> Result<Value> {
 
 fn ask(socket: &str, method: &str, what: &str, body: &str) -> Result<Value> {
     let mut stream = UnixStream::connect(socket).with_context(|| socket.to_owned())?;
+    stream.set_read_timeout(Some(PATIENCE))?;
     write!(
         stream,
         "{method} /v1/{what} HTTP/1.1\r\nHost: nm\r\nConnection: close\r\nContent-Type: application/json\r\n\
@@ -42,7 +43,9 @@ fn ask(socket: &str, method: &str, what: &str, body: &str) -> Result<Value> {
         body.len()
     )?;
     let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
+    stream
+        .read_to_string(&mut answer)
+        .with_context(|| format!("waiting for the answer to {what}"))?;
     let (head, content) = answer
         .split_once("\r\n\r\n")
         .with_context(|| format!("{what}: {answer}"))?;
