@@ -9,7 +9,7 @@ mod common;
 
 use std::io::{Read, Seek};
 use std::sync::Arc;
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
 
 use mandoline_api::monitor::{ExitReason, Hardware, InstanceState, Phase, RateLimiter, RunState, StateLine};
@@ -17,7 +17,7 @@ use mandoline_vmm::boot::{bzimage, elf};
 use mandoline_vmm::config::Park;
 use mandoline_vmm::devices::blk;
 use mandoline_vmm::exit::Exit;
-use mandoline_vmm::monitor::{Call, Calls, Request};
+use mandoline_vmm::monitor::{Call, Calls, Report, Request};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -438,6 +438,19 @@ fn sleeper(ns: u32, times: u8, ready: u32) -> Code {
         .power_off()
 }
 
+/// Asks for a guest to be parked until it is: until it has halted it is busy.
+fn park(calls: &Sender<Call>, event: &EventFd) -> Report {
+    loop {
+        let (answer, report) = channel();
+        calls.send((Request::Park, answer)).unwrap();
+        event.write(1).unwrap();
+        match report.recv().unwrap() {
+            Ok(report) => return report,
+            Err(refusal) => assert!(refusal.contains("busy"), "{refusal}"),
+        }
+    }
+}
+
 #[test]
 fn a_parked_guest_has_no_memory_and_wakes_by_its_own_timer() {
     const READY: u32 = 0x30_0000;
@@ -460,16 +473,8 @@ fn a_parked_guest_has_no_memory_and_wakes_by_its_own_timer() {
             std::thread::yield_now();
         }
         memory.write_obj(0x1234u32, at(KEPT)).unwrap();
-        loop {
-            let (answer, report) = channel();
-            calls.send((Request::Park, answer)).unwrap();
-            sender.write(1).unwrap();
-            match report.recv().unwrap() {
-                Ok(report) => break (report.state, report.sleep.unwrap()),
-                // Not halted yet.
-                Err(refusal) => assert!(refusal.contains("busy"), "{refusal}"),
-            }
-        }
+        let report = park(&calls, &sender);
+        (report.state, report.sleep.unwrap())
     });
     let kept = machine.memory.clone();
     let outcome = finish(machine, phases, Some(Calls { receiver, event }));
@@ -508,14 +513,7 @@ fn a_guest_that_was_asked_to_park_does_so_again_after_its_timers() {
         while memory.read_obj::<u32>(GuestAddress(u64::from(READY))).unwrap() == 0 {
             std::thread::yield_now();
         }
-        loop {
-            let (answer, report) = channel();
-            calls.send((Request::Park, answer)).unwrap();
-            sender.write(1).unwrap();
-            if report.recv().unwrap().is_ok() {
-                break;
-            }
-        }
+        park(&calls, &sender);
     });
     let outcome = finish(machine, phases, Some(Calls { receiver, event }));
     driver.join().unwrap();

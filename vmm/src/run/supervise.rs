@@ -8,8 +8,8 @@ use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use mandoline_api::agent::{self as protocol, Event};
 use mandoline_api::monitor::{
@@ -378,7 +378,7 @@ fn supervise(
     let socket = Arc::new(vsock);
     let mut asked = 0;
     let mut broker = Some(broker);
-    let joining = Arc::new(AtomicBool::new(false));
+    let joining = Arc::new(Mutex::new(None));
     loop {
         let mut fds = vec![
             PollFd::new(&pidfd, PollFlags::IN),
@@ -470,8 +470,9 @@ fn receive_stream(broker: &OwnedFd) -> io::Result<Option<OwnedFd>> {
     }
 }
 
-/// Hears the agent say that it is up, and joins it. In a thread of its own: the guest may be slow.
-fn greet(args: RunArgs, stream: OwnedFd, socket: Arc<PathBuf>, joining: Arc<AtomicBool>) {
+/// Hears the agent say that it is up, and joins it. In a thread of its own: the guest may be slow. `joining` is held for
+/// as long as that takes; it says when the guest was greeted last.
+fn greet(args: RunArgs, stream: OwnedFd, socket: Arc<PathBuf>, joining: Arc<Mutex<Option<Instant>>>) {
     let started = monotonic_ns();
     std::thread::spawn(move || {
         let mut stream = std::os::unix::net::UnixStream::from(stream);
@@ -480,17 +481,22 @@ fn greet(args: RunArgs, stream: OwnedFd, socket: Arc<PathBuf>, joining: Arc<Atom
         let Some(Event::Up(hello)) = event else { return };
         // The agent opens streams for later events too; one that has not joined asks for it: the first time, and after
         // each reboot.
-        if hello.phase != protocol::Phase::Up || joining.swap(true, Ordering::Relaxed) {
+        let Ok(mut greeted) = joining.try_lock() else {
+            return;
+        };
+        if hello.phase != protocol::Phase::Up {
             return;
         }
-        eprintln!("mandoline-vmm: agent {} is up\r", hello.agent);
+        // A guest may say it without end: once a second it is heard, and printed without what a terminal would obey.
+        if let Some(last) = *greeted {
+            std::thread::sleep(Duration::from_secs(1).saturating_sub(last.elapsed()));
+        }
+        *greeted = Some(Instant::now());
+        eprintln!("mandoline-vmm: agent {} is up\r", hello.agent.escape_debug());
         if args.no_join {
-            joining.store(false, Ordering::Relaxed);
             return;
         }
-        let joined = agent::join(&args, &socket);
-        joining.store(false, Ordering::Relaxed);
-        match joined {
+        match agent::join(&args, &socket) {
             Ok(reply) => {
                 let all = monotonic_ns().saturating_sub(started) / 1_000_000;
                 let guest = reply.timings_us.total / 1000;
