@@ -4,6 +4,7 @@ mod boot;
 mod calls;
 mod io;
 mod isolation;
+mod managed;
 mod monitor;
 mod nodemgr;
 mod plot;

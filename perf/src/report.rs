@@ -100,6 +100,13 @@ impl Report {
             .find(|r| r.subject == subject && r.measure == measure)
     }
 
+    /// Shows it, and writes it below `dir`.
+    pub(crate) fn publish(&self, dir: &Path) -> Result<()> {
+        println!("{}", self.tables());
+        println!("written: {}", self.write(dir)?.display());
+        Ok(())
+    }
+
     /// Writes `<dir>/<name>.json`, and gives its path.
     pub(crate) fn write(&self, dir: &Path) -> Result<PathBuf> {
         std::fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;

@@ -111,9 +111,7 @@ pub(crate) fn run(args: &IoArgs, out: &Path) -> Result<()> {
         rows,
         targets,
     };
-    println!("{}", report.tables());
-    println!("written: {}", report.write(out)?.display());
-    Ok(())
+    report.publish(out)
 }
 
 /// Each measure of ours against QEMU's, like with like: both with vhost or both without.

@@ -6,12 +6,10 @@
 pub(crate) mod node;
 
 use std::path::Path;
-use std::process::Stdio;
 
-use anyhow::{Context, Result, bail};
-use mandoline_lab::{Lab, NodeSpec};
+use anyhow::Result;
 
-use crate::boot::{DESCRIBE, describe, kvm_of};
+use crate::managed::Managed;
 use crate::report::{Report, Row, Target};
 use node::Sample;
 
@@ -29,57 +27,28 @@ pub(crate) struct IsolationArgs {
 }
 
 pub(crate) fn run(args: &IsolationArgs, out: &Path) -> Result<()> {
-    mandoline_lab::clean_up_on_signals();
-    let mut lab = Lab::new().context("preparing the lab")?;
-    eprintln!("isolation: starting a lab node ({})", lab.accel().words);
-    let mut spec = NodeSpec::named("perf")
-        .with_mandoline()?
-        .setting("SERVICES", "nodemgr");
-    spec.extra_programs.push(std::env::current_exe()?);
     // Each spinner is a sliver of 64 MiB with its monitor.
-    spec.memory_mib = spec.memory_mib.max(2048 + 128 * args.spinners);
-    let kvm = kvm_of(&lab);
-    let node = lab.start(spec)?;
-    let machine = describe(&node.shell(DESCRIBE)?, kvm)?;
-    let numbers = [args.window_s, args.runs, args.spinners].map(|number| number.to_string());
-    let [window, runs, spinners] = &numbers;
-    let argv = [
-        "/usr/lib/mandoline/bin/mandoline-perf",
-        "in-node",
+    let node = Managed::start("isolation", 2048 + 128 * args.spinners)?;
+    let samples: Vec<Sample> = node.run(
         "isolation",
-        "--window-s",
-        window,
-        "--runs",
-        runs,
-        "--spinners",
-        spinners,
-    ];
-    let output = node
-        .command(&argv)
-        .stdin(Stdio::null())
-        .stderr(Stdio::inherit())
-        .output()?;
-    if !output.status.success() {
-        bail!(
-            "the benchmark failed inside the node ({}); its reason is above",
-            output.status
-        );
-    }
-    let samples: Vec<Sample> = serde_json::from_slice(&output.stdout).context("reading the samples")?;
+        &[
+            ("--window-s", args.window_s),
+            ("--runs", args.runs),
+            ("--spinners", args.spinners),
+        ],
+    )?;
     let rows = samples
         .iter()
         .filter_map(|sample| Row::of(&sample.subject, &sample.measure, &sample.unit, &sample.values))
         .collect();
-    let report = Report {
+    Report {
         name: "isolation".into(),
         when: jiff::Timestamp::now().to_string(),
-        machine,
+        machine: node.machine.clone(),
         targets: targets(args, &samples),
         rows,
-    };
-    println!("{}", report.tables());
-    println!("written: {}", report.write(out)?.display());
-    Ok(())
+    }
+    .publish(out)
 }
 
 /// How far a value may be from what a sliver is entitled to: of that, or in points of the whole.

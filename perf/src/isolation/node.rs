@@ -47,9 +47,9 @@ socket(my $s, PF_INET, SOCK_DGRAM, 0) or die;
 my ($to, $data) = (sockaddr_in(9, inet_aton(q(10.0.2.2))), q(x) x 1400);
 while (1) { send($s, $data, 0, $to) or select(undef, undef, undef, 0.001) }'";
 /// The node's rate while three slivers flood, in bit/s: what an emulated node carries with ease.
-const NODE_BPS: f64 = 10_500_000.0;
+const NODE_BPS: u32 = 10_500_000;
 /// The base rate of the first of them; the others have twice and four times as much. Together a third of the node's.
-const BASE_BPS: f64 = 500_000.0;
+const BASE_BPS: u32 = 500_000;
 /// Until slivers that were just made are busy.
 const SETTLE: Duration = Duration::from_secs(5);
 /// What a sliver has to boot in while the others are still quiet.
@@ -253,7 +253,7 @@ fn cap(args: &NodeArgs) -> Result<Vec<Sample>> {
 
 /// Three that flood, with base rates of 1 : 2 : 4, a third of what the node may send.
 fn floods(args: &NodeArgs) -> Result<Vec<Sample>> {
-    const WEIGHTS: [f64; 3] = [1.0, 2.0, 4.0];
+    const WEIGHTS: [u32; 3] = [1, 2, 4];
     call(
         OWNER_SOCKET,
         "set_node_limit",
@@ -263,28 +263,30 @@ fn floods(args: &NodeArgs) -> Result<Vec<Sample>> {
     let slivers = Slivers::start("flood", FLOOD, &rspecs)?;
     let ids = slivers.ids();
     let looks = looks(args, Duration::from_secs(10))?;
-    let guaranteed: f64 = WEIGHTS.iter().sum::<f64>() * BASE_BPS;
+    let weights = f64::from(WEIGHTS.iter().sum::<u32>());
+    let guaranteed = weights * f64::from(BASE_BPS);
     let mut samples = Vec::new();
     for (id, weight) in ids.iter().zip(WEIGHTS) {
+        let base = f64::from(weight * BASE_BPS);
         let sent = |used: &Used| used.bps.get(id).copied().unwrap_or(0.0);
         let excess = |used: &Used| {
             let all = used.bps.values().sum::<f64>() - guaranteed;
-            100.0 * (sent(used) - weight * BASE_BPS) / all
+            100.0 * (sent(used) - base) / all
         };
-        let subject = format!("base rate {:.1} Mbit/s", weight * BASE_BPS / 1e6);
+        let subject = format!("base rate {:.1} Mbit/s", base / 1e6);
         samples.push(sample(
             subject.clone(),
             GUARANTEED_RATE,
             "Mbit/s",
             looks.iter().map(|used| sent(used) / 1e6).collect(),
-            Some(weight * BASE_BPS / 1e6),
+            Some(base / 1e6),
         ));
         samples.push(sample(
             subject,
             EXCESS,
             "%",
             looks.iter().map(excess).collect(),
-            Some(100.0 * weight / WEIGHTS.iter().sum::<f64>()),
+            Some(100.0 * f64::from(weight) / weights),
         ));
     }
     let all = |used: &Used| used.bps.values().sum::<f64>() / 1e6;
@@ -293,7 +295,7 @@ fn floods(args: &NodeArgs) -> Result<Vec<Sample>> {
         NODE_RATE,
         "Mbit/s",
         looks.iter().map(all).collect(),
-        Some(NODE_BPS / 1e6),
+        Some(f64::from(NODE_BPS) / 1e6),
     ));
     Ok(samples)
 }

@@ -53,9 +53,7 @@ pub(crate) fn run(args: &MonitorArgs, out: &Path) -> Result<()> {
         rows,
         targets,
     };
-    println!("{}", report.tables());
-    println!("written: {}", report.write(out)?.display());
-    Ok(())
+    report.publish(out)
 }
 
 /// The machine as it describes itself, where no lab is needed.

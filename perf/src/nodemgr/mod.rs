@@ -6,12 +6,10 @@
 pub(crate) mod node;
 
 use std::path::Path;
-use std::process::Stdio;
 
-use anyhow::{Context, Result, bail};
-use mandoline_lab::{Lab, NodeSpec};
+use anyhow::Result;
 
-use crate::boot::{DESCRIBE, describe, kvm_of};
+use crate::managed::Managed;
 use crate::report::{Report, Row, Target};
 use node::Sample;
 
@@ -34,58 +32,29 @@ pub(crate) struct NodemgrArgs {
 const SUBJECT: &str = "mandoline-nodemgr";
 
 pub(crate) fn run(args: &NodemgrArgs, out: &Path) -> Result<()> {
-    mandoline_lab::clean_up_on_signals();
-    let mut lab = Lab::new().context("preparing the lab")?;
-    eprintln!("nodemgr: starting a lab node ({})", lab.accel().words);
-    let mut spec = NodeSpec::named("perf")
-        .with_mandoline()?
-        .setting("SERVICES", "nodemgr");
-    spec.extra_programs.push(std::env::current_exe()?);
-    let kvm = kvm_of(&lab);
-    let node = lab.start(spec)?;
-    let machine = describe(&node.shell(DESCRIBE)?, kvm)?;
-    let numbers = [args.pools, args.slivers, args.runs, args.rest_s].map(|number| number.to_string());
-    let [pools, slivers, runs, rest_s] = &numbers;
-    let argv = [
-        "/usr/lib/mandoline/bin/mandoline-perf",
-        "in-node",
+    let node = Managed::start("nodemgr", 0)?;
+    let samples: Vec<Sample> = node.run(
         "nodemgr",
-        "--pools",
-        pools,
-        "--slivers",
-        slivers,
-        "--runs",
-        runs,
-        "--rest-s",
-        rest_s,
-    ];
-    let output = node
-        .command(&argv)
-        .stdin(Stdio::null())
-        .stderr(Stdio::inherit())
-        .output()?;
-    if !output.status.success() {
-        bail!(
-            "the benchmark failed inside the node ({}); its reason is above",
-            output.status
-        );
-    }
-    let samples: Vec<Sample> = serde_json::from_slice(&output.stdout).context("reading the samples")?;
+        &[
+            ("--pools", args.pools),
+            ("--slivers", args.slivers),
+            ("--runs", args.runs),
+            ("--rest-s", args.rest_s),
+        ],
+    )?;
     let rows: Vec<Row> = samples
         .iter()
         .filter_map(|sample| Row::of(SUBJECT, &sample.measure, &sample.unit, &sample.values))
         .collect();
     let targets = targets(args, &rows);
-    let report = Report {
+    Report {
         name: "nodemgr".into(),
         when: jiff::Timestamp::now().to_string(),
-        machine,
+        machine: node.machine.clone(),
         rows,
         targets,
-    };
-    println!("{}", report.tables());
-    println!("written: {}", report.write(out)?.display());
-    Ok(())
+    }
+    .publish(out)
 }
 
 fn targets(args: &NodemgrArgs, rows: &[Row]) -> Vec<Target> {
